@@ -1,0 +1,73 @@
+"""Group lists: how the rows of one tensor are cut into one group per expert (spec: grouped matmul 0.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from moe_npu.ops._errors import reject, require
+
+CUMSUM = 0
+COUNTS = 1
+
+
+class Group(NamedTuple):
+    """Rows ``start:end`` belong to group ``index``."""
+
+    index: int
+    start: int
+    end: int
+
+
+def counts_from(group_list: torch.Tensor, group_list_type: int) -> torch.Tensor:
+    """Per-group sizes ``[E]``, on the device of ``group_list`` and without a host read."""
+    if group_list_type == COUNTS:
+        return group_list
+    return torch.diff(group_list, prepend=group_list.new_zeros(1))
+
+
+def row_groups(op: str, group_list: torch.Tensor, group_list_type: int, num_rows: int) -> list[Group]:
+    """The groups that have rows, in row order. Reads the values of ``group_list``: CPU kernels only.
+
+    Raises:
+        OperatorError: a negative or decreasing entry, or more rows in the groups than there are.
+    """
+    values: list[int] = group_list.tolist()
+    if group_list_type == COUNTS:
+        if values and min(values) < 0:
+            reject(f"{op}: group_list counts should be larger than or equal to 0, but are {values}")
+        ends = torch.cumsum(group_list, 0).tolist()
+    else:
+        ends = values
+    return _groups_between(op, ends, num_rows)
+
+
+def split_groups(op: str, ends: Sequence[int], num_rows: int) -> list[Group]:
+    """All groups of a cumulative sum of host integers, the empty ones too.
+
+    Raises:
+        OperatorError: a negative or decreasing entry, or more rows in the groups than there are.
+    """
+    _groups_between(op, list(ends), num_rows)
+    starts = [0, *ends[:-1]]
+    return [Group(index, start, end) for index, (start, end) in enumerate(zip(starts, ends, strict=True))]
+
+
+def _groups_between(op: str, ends: list[int], num_rows: int) -> list[Group]:
+    groups, start = [], 0
+    for index, end in enumerate(ends):
+        if end != start:
+            require(
+                end > start,
+                f"{op}: each difference of group_list should be larger than or equal to 0 (cumulative sums), "
+                f"but entry {index} is {end} after {start}",
+            )
+            groups.append(Group(index, start, end))
+            start = end
+    require(
+        start <= num_rows,
+        f"{op}: group_list covers {start} rows but there are only {num_rows}; rows must cover the groups",
+    )
+    return groups

@@ -1,0 +1,804 @@
+"""Worked examples of the operators with hand-checkable values, for the library and for the test reference alike."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_npu import ops
+from tests.helpers import reference
+from tests.helpers.assertions import assert_bits_equal
+
+HALF_DTYPES = [torch.float16, torch.bfloat16]
+FLOAT_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+INT4_ROW = [1, 2, 3, 4, 5, 6, 7, -8]
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The final conversion of the operators: from float32, to the nearest value of the output dtype."""
+    return value.float().to(dtype) if value.is_floating_point() else value
+
+
+class _Reference:
+    """The reference behind the public signatures, with the final cast applied."""
+
+    def npu_grouped_matmul(self, x: list[Tensor], weight: list[Tensor], **options: Any) -> list[Tensor]:
+        dtype = options.get("output_dtype") or x[0].dtype
+        return [_cast(y, dtype) for y in reference.grouped_matmul(x, weight, **options)]
+
+    def npu_convert_weight_to_int4pack(self, weight: Tensor, inner_k_tiles: int = 0) -> Tensor:
+        return reference.pack_int4(weight)
+
+    def npu_dynamic_quant(self, input: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        y, scale = reference.dynamic_quant(input, **options)
+        return y, scale.float()
+
+    def npu_swiglu(self, input: Tensor, dim: int = -1) -> Tensor:
+        return _cast(reference.swiglu(input, dim), input.dtype)
+
+    def swiglu_grad(self, grad: Tensor, input: Tensor, dim: int = -1) -> Tensor:
+        return _cast(reference.swiglu_backward(grad, input, dim), input.dtype)
+
+    def npu_moe_gating_top_k_softmax(
+        self, x: Tensor, finished: Tensor | None = None, k: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, expert_idx, row_idx = reference.moe_gating_top_k_softmax(x, finished, k)
+        return _cast(y, x.dtype), expert_idx, row_idx
+
+    def npu_moe_token_permute(
+        self, tokens: Tensor, indices: Tensor, num_out_tokens: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        permuted, sorted_indices = reference.moe_token_permute(tokens, indices, num_out_tokens)
+        return _cast(permuted, tokens.dtype), sorted_indices
+
+    def npu_moe_token_unpermute(
+        self, permuted_tokens: Tensor, sorted_indices: Tensor, probs: Tensor | None = None
+    ) -> Tensor:
+        return _cast(reference.moe_token_unpermute(permuted_tokens, sorted_indices, probs), permuted_tokens.dtype)
+
+    def permute_grad(self, grad: Tensor, tokens: Tensor, indices: Tensor, num_out_tokens: int | None) -> Tensor:
+        sorted_indices = reference.moe_token_permute(tokens, indices, num_out_tokens)[1]
+        return _cast(reference.moe_token_permute_grad(grad, sorted_indices, tokens.shape[0]), tokens.dtype)
+
+    def unpermute_grad(
+        self, grad: Tensor, permuted_tokens: Tensor, sorted_indices: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        grad_permuted, grad_probs = reference.moe_token_unpermute_grad(permuted_tokens, grad, sorted_indices, probs)
+        assert grad_probs is not None
+        return _cast(grad_permuted, permuted_tokens.dtype), _cast(grad_probs, probs.dtype)
+
+
+class _Library:
+    """The library; gradients come from autograd through the public functions."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(ops, name)
+
+    def swiglu_grad(self, grad: Tensor, input: Tensor, dim: int = -1) -> Tensor:
+        leaf = input.clone().requires_grad_()
+        return torch.autograd.grad(ops.npu_swiglu(leaf, dim=dim), leaf, grad)[0]
+
+    def permute_grad(self, grad: Tensor, tokens: Tensor, indices: Tensor, num_out_tokens: int | None) -> Tensor:
+        leaf = tokens.clone().requires_grad_()
+        permuted, _ = ops.npu_moe_token_permute(leaf, indices, num_out_tokens)
+        return torch.autograd.grad(permuted, leaf, grad)[0]
+
+    def unpermute_grad(
+        self, grad: Tensor, permuted_tokens: Tensor, sorted_indices: Tensor, probs: Tensor
+    ) -> tuple[Tensor, ...]:
+        leaves = (permuted_tokens.clone().requires_grad_(), probs.clone().requires_grad_())
+        return torch.autograd.grad(ops.npu_moe_token_unpermute(leaves[0], sorted_indices, leaves[1]), leaves, grad)
+
+
+@pytest.fixture(params=[_Reference(), _Library()], ids=["reference", "library"])
+def impl(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def _int8(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int8)
+
+
+def _int32(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _int64(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _bias_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def _assert_near(actual: Tensor, expected: Sequence[Any], dtype: torch.dtype = torch.float32) -> None:
+    """For values that are printed with seven digits."""
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=dtype), rtol=0, atol=1e-6)
+
+
+# --- int4 packing ----------------------------------------------------------------------------------------------------
+
+PACKINGS = [
+    pytest.param(INT4_ROW, -2023406815, id="one-to-minus-eight"),
+    pytest.param([-1] * 8, -1, id="all-minus-one"),
+    pytest.param([1] + [0] * 7, 1, id="first-is-lowest-nibble"),
+    pytest.param([0] * 7 + [1], 268435456, id="last-is-highest-nibble"),
+    pytest.param([0] * 7 + [-1], -268435456, id="last-is-sign"),
+]
+
+
+@pytest.mark.parametrize(("values", "word"), PACKINGS)
+def test_int4_packing(impl: Any, values: list[int], word: int) -> None:
+    assert_bits_equal(impl.npu_convert_weight_to_int4pack(_int32([values])), _int32([[word]]))
+    assert_bits_equal(reference.unpack_int4(_int32([[word]])), _int8([values]))
+
+
+@pytest.mark.parametrize(("values", "word"), PACKINGS)
+def test_int4_unpacking_through_identity_matmul(impl: Any, values: list[int], word: int) -> None:
+    ones, zeros = torch.ones(1, 8, dtype=torch.float16), torch.zeros(1, 8, dtype=torch.float16)
+    y = impl.npu_grouped_matmul(
+        [torch.ones(1, 1, dtype=torch.float16)],
+        [_int32([[[word]]])],
+        antiquant_scale=[ones],
+        antiquant_offset=[zeros],
+        group_list=_int64([1]),
+        group_type=0,
+        split_item=3,
+    )
+    assert_bits_equal(y[0], torch.tensor([values], dtype=torch.float16))
+
+
+def test_int4_packing_of_several_words_and_three_dimensions(impl: Any) -> None:
+    rows = [INT4_ROW + [-1] * 8, [1] + [0] * 7 + [0] * 7 + [1]]
+    packed = [[-2023406815, -1], [1, 268435456]]
+    assert_bits_equal(impl.npu_convert_weight_to_int4pack(_int32(rows)), _int32(packed))
+    assert_bits_equal(impl.npu_convert_weight_to_int4pack(_int32([rows, rows[::-1]])), _int32([packed, packed[::-1]]))
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_int4_weight_packed_along_k_as_transposed_view(impl: Any, dtype: torch.dtype) -> None:
+    logical = _int32([[((3 * k + 5 * n + 7 * e) % 16) - 8 for n in range(16)] for e in range(2) for k in range(8)])
+    logical = logical.reshape(2, 8, 16)
+    packed_n = torch.stack([impl.npu_convert_weight_to_int4pack(w) for w in logical])
+    packed_k = torch.stack([impl.npu_convert_weight_to_int4pack(w.t().contiguous()) for w in logical]).transpose(1, 2)
+    assert packed_n.shape == (2, 8, 2)
+    assert packed_k.shape == (2, 1, 16)
+    x = torch.eye(8, dtype=dtype).repeat(2, 1)
+    for weight in (packed_n, packed_k):
+        y = impl.npu_grouped_matmul(
+            [x],
+            [weight],
+            antiquant_scale=[torch.full((2, 16), 0.5, dtype=dtype)],
+            antiquant_offset=[torch.ones(2, 16, dtype=dtype)],
+            group_list=_int64([8, 16]),
+            group_type=0,
+            split_item=2,
+        )[0]
+        assert_bits_equal(y, ((logical.reshape(16, 16) + 1) * 0.5).to(dtype))
+
+
+# --- grouped matmul: unquantised -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("split_item", [2, 3])
+@pytest.mark.parametrize(
+    ("group_list", "group_list_type"),
+    [pytest.param([2, 0, 2], 1, id="counts"), pytest.param([2, 2, 4], 0, id="cumsum")],
+)
+def test_single_weight_with_empty_group_and_uncovered_row(
+    impl: Any, dtype: torch.dtype, split_item: int, group_list: list[int], group_list_type: int
+) -> None:
+    x = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]], dtype=dtype)
+    weight = torch.tensor([[[1, 0, 2], [0, 1, -1]], [[float("nan")] * 3] * 2, [[-1, 0, 1], [0, 2, 0]]], dtype=dtype)
+    bias = torch.tensor([[0.5, 0, 0], [0, 0.25, 0], [1, 1, 1]], dtype=_bias_dtype(dtype))
+    y = impl.npu_grouped_matmul(
+        [x],
+        [weight],
+        bias=[bias],
+        group_list=_int64(group_list),
+        group_type=0,
+        group_list_type=group_list_type,
+        split_item=split_item,
+    )
+    expected = [[1.5, 2, 0], [3.5, 4, 2], [-4, 13, 6], [-6, 17, 8], [0, 0, 0]]
+    assert_bits_equal(y[0], torch.tensor(expected, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize(
+    ("group_list", "group_list_type"),
+    [pytest.param([1, 0, 3], 1, id="counts"), pytest.param([1, 1, 4], 0, id="cumsum")],
+)
+def test_k_split(impl: Any, dtype: torch.dtype, group_list: list[int], group_list_type: int) -> None:
+    x = torch.tensor([[1, 5], [2, 6], [3, 7], [4, 8]], dtype=dtype).t()
+    weight = torch.tensor([[1, 0, 1], [0, 1, 1], [2, 0, 0], [0, 0, 3]], dtype=dtype)
+    y = impl.npu_grouped_matmul(
+        [x], [weight], group_list=_int64(group_list), group_type=2, group_list_type=group_list_type, split_item=2
+    )
+    expected = [[[1, 0, 1], [5, 0, 5]], [[0, 0, 0], [0, 0, 0]], [[6, 2, 14], [14, 6, 30]]]
+    assert_bits_equal(y[0], torch.tensor(expected, dtype=dtype))
+
+
+def test_counts_and_cumsum_of_nine_groups_are_equivalent(impl: Any) -> None:
+    counts = [123, 0, 333, 0, 0, 333, 0, 0, 0]
+    cumsum = [123, 123, 456, 456, 456, 789, 789, 789, 789]
+    x = (torch.arange(789 * 2).reshape(789, 2) % 7 - 3).half()
+    weight = (torch.arange(9 * 2 * 3).reshape(9, 2, 3) % 11 - 5).half()
+    expected = reference.grouped_mm(x, weight, _int64(counts)).half()
+    for group_list, kind in ((counts, 1), (cumsum, 0)):
+        y = impl.npu_grouped_matmul(
+            [x], [weight], group_list=_int64(group_list), group_type=0, group_list_type=kind, split_item=2
+        )
+        assert_bits_equal(y[0], expected)
+
+
+def _zeros(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.zeros(shape, dtype=torch.float16) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "options", "shapes"),
+    [
+        pytest.param(
+            _zeros((8, 4)),
+            _zeros((2, 4, 6)),
+            {"group_list": _int64([4, 8]), "group_type": 0, "split_item": 2},
+            [(8, 6)],
+            id="rows-single-weight",
+        ),
+        pytest.param(
+            _zeros((8, 4)),
+            _zeros((4, 6), (4, 6)),
+            {"group_list": _int64([4, 8]), "group_type": 0, "split_item": 3},
+            [(8, 6)],
+            id="rows-weight-list",
+        ),
+        pytest.param(
+            _zeros((2, 3, 4), (1, 3, 5)),
+            _zeros((4, 6), (5, 7)),
+            {"group_type": -1},
+            [(2, 3, 6), (1, 3, 7)],
+            id="no-grouping-rank-3",
+        ),
+        pytest.param(
+            _zeros((8, 4), (3, 5)),
+            _zeros((4, 6), (5, 6)),
+            {"group_type": 0, "split_item": 2},
+            [(11, 6)],
+            id="lists-to-one-output",
+        ),
+        pytest.param(
+            [torch.zeros(8, 4, dtype=torch.float16).t()],
+            _zeros((8, 6)),
+            {"group_list": _int64([3, 8]), "group_type": 2, "split_item": 2},
+            [(2, 4, 6)],
+            id="k-split",
+        ),
+        pytest.param(
+            _zeros((8, 4)),
+            [torch.zeros(2, 4, 2, dtype=torch.int32)],
+            {
+                "antiquant_scale": _zeros((2, 16)),
+                "antiquant_offset": _zeros((2, 16)),
+                "group_list": _int64([4, 8]),
+                "group_type": 0,
+                "split_item": 2,
+            },
+            [(8, 16)],
+            id="int4-weight",
+        ),
+        pytest.param(
+            _zeros((8, 4)),
+            _zeros((4, 6), (4, 3)),
+            {"group_list": [2, 8]},
+            [(2, 6), (6, 3)],
+            id="list-overload-one-x-many-outputs",
+        ),
+        pytest.param(
+            _zeros((8, 4)),
+            _zeros((4, 6), (4, 6)),
+            {"group_list": [2, 8], "split_item": 3},
+            [(8, 6)],
+            id="list-overload-one-x-one-output",
+        ),
+        pytest.param(
+            _zeros((8, 4), (3, 5)),
+            _zeros((4, 6), (5, 6)),
+            {"group_list": [8, 11], "split_item": 2},
+            [(11, 6)],
+            id="list-overload-lists-to-one-output",
+        ),
+    ],
+)
+def test_output_shapes(
+    impl: Any, x: list[Tensor], weight: list[Tensor], options: dict[str, Any], shapes: list[tuple[int, ...]]
+) -> None:
+    y = impl.npu_grouped_matmul(x, weight, **options)
+    assert isinstance(y, (list, tuple))
+    assert [tuple(tensor.shape) for tensor in y] == shapes
+    assert all(tensor.dtype == torch.float16 and tensor.is_contiguous() for tensor in y)
+
+
+# --- grouped matmul: int8 --------------------------------------------------------------------------------------------
+
+
+def _scale_word(scale: float, offset: int = 0, *, low_bits: int = 0, signed: bool = True) -> int:
+    """The packed parameter, bit by bit: float32 bits 13-31 of the scale, the 9-bit offset at 37, the flag at 46."""
+    bits = struct.unpack("<I", struct.pack("<f", scale))[0]
+    return (bits & 0xFFFFE000) | (low_bits & 0x1FFF) | ((offset & 0x1FF) << 37) | (int(signed) << 46)
+
+
+def test_hand_built_scale_words() -> None:
+    assert _scale_word(0.1) == 70369781006336
+    assert _scale_word(0.5, -2) == 140463667412992
+    assert reference.decode_scale_word(70369781006336) == (0.0999755859375, 0)
+    assert reference.decode_scale_word(70507248869376) == (1.0458984375, 1)
+    assert reference.decode_scale_word(140463653937152) == (0.1741943359375, -2)
+
+
+@pytest.mark.parametrize(
+    ("low_bits", "signed"),
+    [
+        pytest.param(0, True, id="trans-quant-param"),
+        pytest.param(0x1FFF, True, id="low-mantissa-bits-set"),
+        pytest.param(0, False, id="signed-flag-clear"),
+    ],
+)
+@pytest.mark.parametrize("accumulator_from", ["product", "bias"])
+@pytest.mark.parametrize("scenario", ["single-weight", "no-grouping"])
+def test_int8_output_truncates_the_scale_and_clamps_to_int9(
+    impl: Any, low_bits: int, signed: bool, accumulator_from: str, scenario: str
+) -> None:
+    cases = [  # accumulator, scale, offset, result
+        (5, 0.5, 0, 2),  # 2.5 ties to even
+        (7, 0.5, 0, 4),  # 3.5 ties to even
+        (35, 0.1, 0, 3),  # 3.499..., an untruncated scale gives 3.5
+        (1000, 0.3, -200, 55),  # 300 is clamped to 255 before the offset
+        (-1000, 0.3, 0, -128),
+        (-1000, 0.3, 100, -128),
+        (1000, 0.3, 0, 127),
+        (25, 0.1, 3, 5),
+        (1000, 0.0, 0, 0),
+    ]
+    accumulators = [case[0] for case in cases]
+    words = _int64([_scale_word(s, o, low_bits=low_bits if s else 0, signed=signed) for _, s, o, _ in cases])
+    x = _int8([[8, 1]])
+    if accumulator_from == "product":
+        quotients = [int(value / 8) for value in accumulators]
+        rests = [value - 8 * q for value, q in zip(accumulators, quotients, strict=True)]
+        weight, bias = _int8([quotients, rests]), torch.zeros(len(cases), dtype=torch.int32)
+    else:
+        weight, bias = torch.ones(2, len(cases), dtype=torch.int8), _int32(accumulators) - 9
+    if scenario == "single-weight":
+        y = impl.npu_grouped_matmul(
+            [x],
+            [weight[None]],
+            bias=[bias[None]],
+            scale=[words[None]],
+            group_list=_int64([1]),
+            group_type=0,
+            split_item=2,
+        )
+    else:
+        y = impl.npu_grouped_matmul([x], [weight], bias=[bias], scale=[words], group_type=-1)
+    assert_bits_equal(y[0], _int8([[case[3] for case in cases]]))
+
+
+INT8_SCALE = [[0.5, 0.25, 0.125], [0.1, 0.2, 0.3]]
+INT8_BIAS = _int32([[1, 2, 3], [0, 0, 10]])
+PER_TOKEN = torch.tensor([0.01, 0.02, 0.03])
+
+
+@pytest.mark.parametrize(
+    ("options", "output_dtype", "expected"),
+    [
+        pytest.param(
+            {"bias": [INT8_BIAS]},
+            torch.int32,
+            [[-69, 122, -147], [17, 24, 41], [-41, -40, -29]],
+            id="raw-accumulators",
+        ),
+        pytest.param(
+            {"bias": [INT8_BIAS], "scale": [torch.tensor(INT8_SCALE)], "per_token_scale": [PER_TOKEN]},
+            torch.float16,
+            [
+                [-0.344970703125, 0.304931640625, -0.1837158203125],
+                [0.03399658203125, 0.09600830078125, 0.2459716796875],
+                [-0.12298583984375, -0.239990234375, -0.260986328125],
+            ],
+            id="per-token-float16",
+        ),
+        pytest.param(
+            {"bias": [INT8_BIAS], "scale": [torch.tensor(INT8_SCALE).bfloat16()], "per_token_scale": [PER_TOKEN]},
+            torch.bfloat16,
+            [
+                [-0.345703125, 0.3046875, -0.18359375],
+                [0.033935546875, 0.09619140625, 0.2470703125],
+                [-0.123046875, -0.240234375, -0.26171875],
+            ],
+            id="per-token-bfloat16",
+        ),
+        pytest.param(
+            {"bias": [INT8_BIAS], "scale": [torch.tensor(INT8_SCALE)]},
+            torch.float16,
+            [[-34.5, 30.5, -18.375], [1.7001953125, 4.80078125, 12.296875], [-4.1015625, -8, -8.703125]],
+            id="static-float16",
+        ),
+        pytest.param(
+            {
+                "bias": [torch.tensor([[1, -1, 0.5], [2, 0, -2]], dtype=torch.bfloat16)],
+                "scale": [torch.tensor(INT8_SCALE).bfloat16()],
+                "per_token_scale": [PER_TOKEN],
+            },
+            torch.bfloat16,
+            [
+                [0.6484375, -0.69921875, 0.3125],
+                [2.03125, 0.09619140625, -1.8125],
+                [1.875, -0.240234375, -2.359375],
+            ],
+            id="per-token-bfloat16-bias-after-scaling",
+        ),
+    ],
+)
+def test_int8(impl: Any, options: dict[str, Any], output_dtype: torch.dtype, expected: list[list[float]]) -> None:
+    y = impl.npu_grouped_matmul(
+        [_int8([[10, -20], [3, 4], [-5, 6]])],
+        [_int8([[[1, 2, -3], [4, -5, 6]], [[7, 8, 9], [-1, 0, 1]]])],
+        group_list=_int64([1, 2]),
+        group_type=0,
+        group_list_type=1,
+        split_item=2,
+        output_dtype=output_dtype,
+        **options,
+    )
+    assert_bits_equal(y[0], torch.tensor(expected, dtype=output_dtype))
+
+
+ACTIVATIONS = [  # at -3, -1, -0.5, 0.5, 1, 3
+    pytest.param(0, [-3, -1, -0.5, 0.5, 1, 3], id="none"),
+    pytest.param(1, [0, 0, 0, 0.5, 1, 3], id="relu"),
+    pytest.param(2, [-0.0036374, -0.1588080, -0.1542860, 0.3457140, 0.8411920, 2.9963627], id="gelu-tanh"),
+    pytest.param(4, [-0.0180713, -0.1542042, -0.1496116, 0.3503884, 0.8457958, 2.9819288], id="fast-gelu"),
+    pytest.param(5, [-0.1422776, -0.2689414, -0.1887703, 0.3112297, 0.7310586, 2.8577223], id="silu"),
+]
+
+
+def _activation_options(act_type: int) -> dict[str, Any]:
+    return {
+        "scale": [torch.full((1, 2), 0.5)],
+        "per_token_scale": [torch.ones(6)],
+        "group_list": _int64([6]),
+        "group_type": 0,
+        "split_item": 2,
+        "act_type": act_type,
+        "output_dtype": torch.float16,
+    }
+
+
+@pytest.mark.parametrize(("act_type", "values"), ACTIVATIONS)
+def test_activations_on_the_per_token_path(impl: Any, act_type: int, values: list[float]) -> None:
+    x, weight = _int8([[-6], [-2], [-1], [1], [2], [6]]), _int8([[[1, -1]]])
+    y = impl.npu_grouped_matmul([x], [weight], **_activation_options(act_type))[0]
+    expected = torch.tensor([values, values[::-1]]).t().half()
+    assert_bits_equal(y + 0.0, expected + 0.0)  # ReLU may return either zero
+
+
+@pytest.mark.parametrize(("act_type", "values"), ACTIVATIONS)
+def test_activations_of_the_reference_before_the_cast(act_type: int, values: list[float]) -> None:
+    x, weight = _int8([[-6], [-2], [-1], [1], [2], [6]]), _int8([[[1, -1]]])
+    y = reference.grouped_matmul([x], [weight], **_activation_options(act_type))[0]
+    _assert_near(y, list(zip(values, values[::-1], strict=True)), torch.float64)
+
+
+# --- grouped matmul: quantised weights -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        pytest.param(torch.float16, [0.9921875, -1.3642578125], id="float16-rounds-twice"),
+        pytest.param(torch.bfloat16, [0.9921875, -1.3671875], id="bfloat16-rounds-once"),
+    ],
+)
+@pytest.mark.parametrize("scenario", ["single-weight", "no-grouping"])
+def test_int8_weight_rounding(impl: Any, dtype: torch.dtype, expected: list[float], scenario: str) -> None:
+    x, weight = torch.ones(1, 1, dtype=dtype), _int8([[77, -37]])
+    offset, scale = torch.tensor([-0.7, 0.11], dtype=dtype), torch.tensor([0.013, 0.037], dtype=dtype)
+    if scenario == "single-weight":
+        y = impl.npu_grouped_matmul(
+            [x],
+            [weight[None]],
+            antiquant_scale=[scale[None]],
+            antiquant_offset=[offset[None]],
+            group_list=_int64([1]),
+            group_type=0,
+            split_item=2,
+        )
+    else:
+        y = impl.npu_grouped_matmul([x], [weight], antiquant_scale=[scale], antiquant_offset=[offset], group_type=-1)
+    assert_bits_equal(y[0], torch.tensor([expected], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_int4_weight_with_two_groups_along_k(impl: Any, dtype: torch.dtype) -> None:
+    rows = [[1, -2, 3, -4, 5, -6, 7, -8], [0, 1, 2, 3, -1, -2, -3, -4], [7, 6, 5, 4, 3, 2, 1, 0], list(range(-8, 0))]
+    packed = impl.npu_convert_weight_to_int4pack(_int32(rows))
+    assert_bits_equal(packed, _int32([[-2019179551], [-839962096], [19088743], [-19088744]]))
+    y = impl.npu_grouped_matmul(
+        [torch.tensor([[1, 2, 3, 4], [-1, 0.5, 0, 2]], dtype=dtype)],
+        [packed[None]],
+        antiquant_scale=[torch.tensor([[[0.5] * 8, [0.25, 0.5] * 4]], dtype=dtype)],
+        antiquant_offset=[torch.tensor([[[1] * 8, [-1] * 8]], dtype=dtype)],
+        group_list=_int64([2]),
+        group_type=0,
+        split_item=2,
+    )
+    expected = [[-2.5, -7, 1, -5, -0.5, -10, -1, -12], [-5.25, -7, -4.75, -3.5, -5.5, -1.75, -6, 0.75]]
+    assert_bits_equal(y[0], torch.tensor(expected, dtype=dtype))
+
+
+# --- gradients of the grouped matmul ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_grouped_matmul_gradients_from_two_grouped_matmuls(impl: Any, dtype: torch.dtype) -> None:
+    weight = torch.tensor([[[1, 0], [0, 1]], [[1, 1], [1, 1]]], dtype=dtype)
+    x, dy = torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=dtype), torch.ones(3, 2, dtype=dtype)
+    options = {"group_list": _int64([1, 2]), "group_list_type": 1, "split_item": 3}
+    dx = impl.npu_grouped_matmul([dy], [weight.transpose(1, 2)], group_type=0, **options)[0]
+    dw = impl.npu_grouped_matmul([x.t()], [dy], group_type=2, **options)[0]
+    dw_transposed = impl.npu_grouped_matmul([dy.t()], [x], group_type=2, **options)[0]
+    expected_dw = torch.tensor([[[1, 1], [2, 2]], [[8, 8], [10, 10]]], dtype=dtype)
+    assert_bits_equal(dx, torch.tensor([[1, 1], [2, 2], [2, 2]], dtype=dtype))
+    assert_bits_equal(dw, expected_dw)
+    assert_bits_equal(dw_transposed.transpose(1, 2), expected_dw)
+
+
+def test_grouped_mm_references_give_the_gradient_example() -> None:
+    weight = torch.tensor([[[1.0, 0], [0, 1]], [[1, 1], [1, 1]]])
+    x, dy, counts = torch.tensor([[1.0, 2], [3, 4], [5, 6]]), torch.ones(3, 2), _int64([1, 2])
+    dx = reference.grouped_mm(dy, weight.transpose(1, 2), counts)
+    assert_bits_equal(dx, torch.tensor([[1, 1], [2, 2], [2, 2]], dtype=torch.float64))
+    dw = reference.grouped_mm_weight_grad(x, dy, counts)
+    assert_bits_equal(dw, torch.tensor([[[1, 1], [2, 2]], [[8, 8], [10, 10]]], dtype=torch.float64))
+
+
+# --- dynamic quantisation --------------------------------------------------------------------------------------------
+
+QUANT_ROWS = [[1, -2, 3, 4], [0, 0, 0, 0], [-8, 0.5, 2, 1]]
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize(
+    ("options", "y", "scale"),
+    [
+        pytest.param(
+            {},
+            [[32, -64, 95, 127], [0, 0, 0, 0], [-127, 8, 32, 16]],
+            [0.031496063, 0, 0.062992126],
+            id="per-token-tie-and-zero-row",
+        ),
+        pytest.param(
+            {"dst_type": torch.int8},
+            [[32, -64, 95, 127], [0, 0, 0, 0], [-127, 8, 32, 16]],
+            [0.031496063, 0, 0.062992126],
+            id="per-token-explicit-int8",
+        ),
+        pytest.param(
+            {"smooth_scales": [1, 2, 0.5, 0.25]},
+            [[32, -127, 48, 32], [0, 0, 0, 0], [-127, 16, 16, 4]],
+            [0.031496063, 0, 0.062992126],
+            id="smooth",
+        ),
+        pytest.param(
+            {"quant_mode": "pertensor"},
+            [[16, -32, 48, 64], [0, 0, 0, 0], [-127, 8, 32, 16]],
+            [0.062992126],
+            id="per-tensor",
+        ),
+        pytest.param(
+            {"quant_mode": "perchannel"},
+            [[16, -127, 127, 127], [0, 0, 0, 0], [-127, 32, 85, 32]],
+            [8 / 127, 2 / 127, 3 / 127, 4 / 127],
+            id="per-channel",
+        ),
+        pytest.param(
+            {"quant_mode": "perchannel", "smooth_scales": [4, 1, 0.5]},
+            [[127, -127, 127, 127], [0, 0, 0, 0], [-127, 4, 11, 4]],
+            [4 / 127, 8 / 127, 12 / 127, 16 / 127],
+            id="per-channel-smooth-has-one-factor-per-row",
+        ),
+    ],
+)
+def test_dynamic_quant(
+    impl: Any, dtype: torch.dtype, options: dict[str, Any], y: list[list[int]], scale: list[float]
+) -> None:
+    if "smooth_scales" in options:
+        options = {**options, "smooth_scales": torch.tensor(options["smooth_scales"], dtype=dtype)}
+    actual_y, actual_scale = impl.npu_dynamic_quant(torch.tensor(QUANT_ROWS, dtype=dtype), **options)
+    assert_bits_equal(actual_y, _int8(y))
+    torch.testing.assert_close(actual_scale, torch.tensor(scale), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_dynamic_quant_to_int4(impl: Any, dtype: torch.dtype) -> None:
+    rows = torch.tensor([row * 2 for row in QUANT_ROWS], dtype=dtype)  # packing needs eight columns
+    y, scale = impl.npu_dynamic_quant(rows, dst_type=torch.quint4x2)
+    expected = [[2, -4, 5, 7], [0, 0, 0, 0], [-7, 0, 2, 1]]
+    assert_bits_equal(y, reference.pack_int4(_int8([row * 2 for row in expected])))
+    torch.testing.assert_close(scale, torch.tensor([0.5714286, 0, 1.1428572]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_dynamic_quant_smooths_by_group_with_an_empty_group(impl: Any, dtype: torch.dtype) -> None:
+    rows = torch.tensor([QUANT_ROWS[0], QUANT_ROWS[2], QUANT_ROWS[0], QUANT_ROWS[1], QUANT_ROWS[2]], dtype=dtype)
+    smooth = torch.tensor([[1] * 4, [9] * 4, [1, 2, 0.5, 0.25]], dtype=dtype)
+    y, scale = impl.npu_dynamic_quant(rows, smooth_scales=smooth, group_index=_int32([2, 2, 5]))
+    expected = [[32, -64, 95, 127], [-127, 8, 32, 16], [32, -127, 48, 32], [0, 0, 0, 0], [-127, 16, 16, 4]]
+    assert_bits_equal(y, _int8(expected))
+    torch.testing.assert_close(scale, torch.tensor([4, 8, 4, 0, 8]) / 127, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("quant_mode", "shape"), [("pertoken", (2, 3)), ("perchannel", (2, 16)), ("pertensor", (1,))])
+def test_dynamic_quant_shapes_of_three_dimensions(impl: Any, quant_mode: str, shape: tuple[int, ...]) -> None:
+    x = torch.ones(2, 3, 16, dtype=torch.float16)
+    y, scale = impl.npu_dynamic_quant(x, quant_mode=quant_mode)
+    assert_bits_equal(y, torch.full((2, 3, 16), 127, dtype=torch.int8))
+    assert scale.shape == shape
+    assert scale.dtype == torch.float32
+
+
+# --- SwiGLU ----------------------------------------------------------------------------------------------------------
+
+SWIGLU_INPUT = [[1, 2, 3, 4], [-1, 0.5, 2, -2]]
+SWIGLU_GRAD = [[2.7830117, 4.3631372, 0.7310586, 1.7615941], [0.1446590, -1.4799224, -0.2689414, 0.3112297]]
+
+
+def test_swiglu_float32(impl: Any) -> None:
+    y = impl.npu_swiglu(torch.tensor(SWIGLU_INPUT))
+    _assert_near(y, [[2.1931758, 7.0463762], [-0.5378829, -0.6224594]])
+
+
+def test_swiglu_float16(impl: Any) -> None:
+    y = impl.npu_swiglu(torch.tensor(SWIGLU_INPUT, dtype=torch.float16))
+    expected = [[2.193359375, 7.046875], [-0.5380859375, -0.62255859375]]
+    assert_bits_equal(y, torch.tensor(expected, dtype=torch.float16))
+
+
+def test_swiglu_along_the_first_axis_and_of_a_vector(impl: Any) -> None:
+    y = impl.npu_swiglu(torch.tensor(SWIGLU_INPUT).t().contiguous(), dim=0)
+    _assert_near(y, [[2.1931758, -0.5378829], [7.0463762, -0.6224594]])
+    _assert_near(impl.npu_swiglu(torch.tensor([1.0, 2, 3, 4])), [2.1931758, 7.0463762])
+
+
+def test_swiglu_gradient(impl: Any) -> None:
+    _assert_near(impl.swiglu_grad(torch.ones(2, 2), torch.tensor(SWIGLU_INPUT)), SWIGLU_GRAD)
+
+
+# --- gating ----------------------------------------------------------------------------------------------------------
+
+LOGITS = [[1, 3, 3, 0], [0, 0, 0, 0], [2, -1, 0.5, 2]]
+GATES = [[0.457640, 0.457640], [0.25, 0.25], [0.439963, 0.439963]]
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("masked", [False, True], ids=["all-active", "finished-row"])
+def test_gating_top_k_softmax(impl: Any, dtype: torch.dtype, masked: bool) -> None:
+    finished = torch.tensor([False, True, False]) if masked else None
+    y, expert_idx, row_idx = impl.npu_moe_gating_top_k_softmax(torch.tensor(LOGITS, dtype=dtype), finished, k=2)
+    if dtype == torch.float32:
+        _assert_near(y, GATES)
+    else:
+        assert_bits_equal(y, torch.tensor(GATES).to(dtype))
+    assert_bits_equal(expert_idx, _int32([[1, 2], [4, 4] if masked else [0, 1], [0, 3]]))
+    assert_bits_equal(row_idx, _int32([[0, 3], [1, 4], [2, 5]]))
+
+
+def test_gating_full_softmax_is_not_renormalised(impl: Any) -> None:
+    y, expert_idx, _ = impl.npu_moe_gating_top_k_softmax(torch.tensor(LOGITS), k=4)
+    _assert_near(y[0], [0.457640, 0.457640, 0.061935, 0.022785])
+    _assert_near(y[2], [0.439963, 0.439963, 0.098169, 0.021904])
+    assert_bits_equal(expert_idx, _int32([[1, 2, 0, 3], [0, 1, 2, 3], [0, 3, 2, 1]]))
+
+
+def test_gating_row_idx_of_three_dimensions(impl: Any) -> None:
+    y, expert_idx, row_idx = impl.npu_moe_gating_top_k_softmax(torch.zeros(2, 2, 5), None, 2)
+    assert_bits_equal(row_idx, _int32([[[0, 4], [1, 5]], [[2, 6], [3, 7]]]))
+    assert_bits_equal(expert_idx, _int32([[[0, 1]] * 2] * 2))
+    assert y.shape == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chosen"),
+    [
+        pytest.param(torch.float16, 0, id="float16-collides-before-the-sort"),
+        pytest.param(torch.bfloat16, 1, id="bfloat16-sorts-in-float32"),
+        pytest.param(torch.float32, 1, id="float32"),
+    ],
+)
+def test_gating_ties_after_rounding_the_probabilities(impl: Any, dtype: torch.dtype, chosen: int) -> None:
+    x = torch.tensor([[0, 1e-4]], dtype=dtype)  # probabilities 0.499975 and 0.500025
+    y, expert_idx, _ = impl.npu_moe_gating_top_k_softmax(x, k=1)
+    assert_bits_equal(expert_idx, _int32([[chosen]]))
+    if dtype != torch.float32:
+        assert_bits_equal(y, torch.tensor([[0.5]], dtype=dtype))
+
+
+# --- permute and unpermute -------------------------------------------------------------------------------------------
+
+EXPERTS = [[1, 0], [2, 1], [0, 1]]
+SORTED_INDICES = [2, 0, 5, 3, 1, 4]
+PROBS = [[0.75, 0.25], [0.5, 0.5], [1, 0]]
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize(
+    ("num_out_tokens", "rows"), [(None, 6), (0, 6), (4, 4), (-1, 5), (100, 6)], ids=["none", "0", "4", "-1", "100"]
+)
+def test_token_permute(
+    impl: Any, dtype: torch.dtype, index_dtype: torch.dtype, num_out_tokens: int | None, rows: int
+) -> None:
+    tokens = torch.tensor([[1, 1], [2, 2], [3, 3]], dtype=dtype)
+    permuted, sorted_indices = impl.npu_moe_token_permute(
+        tokens, torch.tensor(EXPERTS, dtype=index_dtype), num_out_tokens
+    )
+    expected = [[value, value] for value in [1, 3, 1, 2, 3, 2][:rows]]
+    assert_bits_equal(permuted, torch.tensor(expected, dtype=dtype))
+    assert_bits_equal(sorted_indices, _int32(SORTED_INDICES))
+
+
+def test_token_permute_with_one_expert_per_token(impl: Any) -> None:
+    permuted, sorted_indices = impl.npu_moe_token_permute(torch.tensor([[1.0], [2], [3], [4]]), _int64([2, 0, 2, 1]))
+    assert_bits_equal(permuted, torch.tensor([[2.0], [4], [1], [3]]))
+    assert_bits_equal(sorted_indices, _int32([2, 0, 3, 1]))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize(
+    ("available", "probs", "expected"),
+    [
+        pytest.param(6, PROBS, [25, 50, 20], id="weighted"),
+        pytest.param(4, PROBS, [25, 20, 20], id="truncated"),
+        pytest.param(6, None, [30, 10, 60, 40, 20, 50], id="without-probs"),
+    ],
+)
+def test_token_unpermute(
+    impl: Any, dtype: torch.dtype, available: int, probs: list[list[float]] | None, expected: list[float]
+) -> None:
+    permuted = torch.tensor([[10], [20], [30], [40], [50], [60]], dtype=dtype)[:available]
+    weights = None if probs is None else torch.tensor(probs)
+    out = impl.npu_moe_token_unpermute(permuted, _int32(SORTED_INDICES), weights)
+    assert_bits_equal(out, torch.tensor(expected, dtype=dtype).reshape(-1, 1))
+
+
+def test_token_unpermute_skips_a_nan_row_of_weight_zero(impl: Any) -> None:
+    permuted = torch.tensor([[10.0], [20], [30], [40], [float("nan")], [60]])  # row 4 has weight 0
+    out = impl.npu_moe_token_unpermute(permuted, _int32(SORTED_INDICES), torch.tensor(PROBS))
+    assert_bits_equal(out, torch.tensor([[25.0], [50], [20]]))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_token_permute_gradient_of_a_truncated_permute(impl: Any, dtype: torch.dtype) -> None:
+    grad = torch.tensor([[1], [2], [4], [8]], dtype=dtype)
+    grad_tokens = impl.permute_grad(grad, torch.zeros(3, 1, dtype=dtype), _int64(EXPERTS), 4)
+    assert_bits_equal(grad_tokens, torch.tensor([[5], [8], [2]], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("probs_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_token_unpermute_gradients(impl: Any, dtype: torch.dtype, probs_dtype: torch.dtype) -> None:
+    permuted = torch.tensor([[10, 0], [20, 0], [30, 0], [40, 0], [50, 0], [60, 0]], dtype=dtype)
+    grad = torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=dtype)
+    grad_permuted, grad_probs = impl.unpermute_grad(
+        grad, permuted, _int32(SORTED_INDICES), torch.tensor(PROBS, dtype=probs_dtype)
+    )
+    expected = [[0.25, 0.5], [5, 6], [0.75, 1.5], [1.5, 2], [0, 0], [1.5, 2]]
+    assert_bits_equal(grad_permuted, torch.tensor(expected, dtype=dtype))
+    assert_bits_equal(grad_probs, torch.tensor([[30, 10], [180, 120], [100, 250]], dtype=probs_dtype))
