@@ -1,0 +1,84 @@
+"""The ``"moe_npu"`` experts implementation of transformers.
+
+``from_pretrained(..., experts_implementation="moe_npu")`` makes every MoE layer that transformers decorates with
+``use_experts_implementation`` run through :func:`moe_npu_experts_forward`. Importing this module registers it;
+``import moe_npu`` does so whenever transformers is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+from moe_npu import ops
+from moe_npu.layers.dispatch import LocalDispatcher
+from moe_npu.layers.quantized_experts import quantized_weight
+
+NAME = "moe_npu"
+SCHEME_ATTRIBUTE = "moe_npu_scheme"
+
+
+def moe_npu_experts_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The forward of a transformers experts module by two grouped matmuls.
+
+    Honours the flags of transformers' interface: ``is_transposed``, ``has_bias``, ``has_gate``, ``is_concatenated``,
+    ``has_post_expert_norm``, a module's own ``_apply_gate``, and expert ids beyond ``num_experts`` under expert
+    parallelism.
+
+    Args:
+        self: the experts module.
+        hidden_states: ``[T, H]``.
+        top_k_index: ``[T, K]`` expert ids.
+        top_k_weights: ``[T, K]``, of any float dtype.
+
+    Returns:
+        ``[T, H]``, dtype of ``hidden_states``. The K results of a token are summed in float32.
+    """
+    dispatcher = LocalDispatcher(self.num_experts, has_absent_experts=self._is_expert_parallel)
+    dispatched = dispatcher.dispatch(hidden_states, top_k_index, top_k_weights)
+    rows, expert_tokens = dispatched.rows, dispatched.expert_tokens
+    rows = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", rows, expert_tokens)
+    if not self.has_gate:
+        rows = self.act_fn(rows)
+    elif _is_swiglu(self):
+        rows = ops.npu_swiglu(rows)
+    else:
+        rows = self._apply_gate(rows)
+    rows = _linear(self, "down_proj", rows, expert_tokens)
+    if self.has_post_expert_norm:
+        if dispatched.absent_rows is not None:  # undefined rows would reach the gradient of the norm's weight
+            rows = rows.masked_fill(dispatched.absent_rows, 0)
+        rows = self.post_expert_norm(rows)
+    return dispatcher.combine(rows, dispatched.state).to(hidden_states.dtype)
+
+
+def _is_swiglu(experts: Any) -> bool:
+    return (
+        type(experts)._apply_gate is _default_apply_gate
+        and experts.is_concatenated
+        and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+    )
+
+
+def _linear(experts: Any, name: str, rows: torch.Tensor, expert_tokens: torch.Tensor) -> torch.Tensor:
+    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    scheme = getattr(experts, SCHEME_ATTRIBUTE, None)
+    if scheme is not None:
+        return scheme.grouped_mm(rows, quantized_weight(experts, name), expert_tokens, bias=bias)  # type: ignore[no-any-return]
+    weight = getattr(experts, name)
+    # as a linear layer under autocast; elsewhere rows follow the weight, as norms may compute in float32
+    device_type = rows.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+    weight = weight.to(dtype)
+    if bias is not None:
+        bias = bias.to(dtype)
+    return ops.grouped_mm(rows.to(dtype), weight if experts.is_transposed else weight.mT, expert_tokens, bias=bias)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, moe_npu_experts_forward)

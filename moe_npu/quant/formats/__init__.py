@@ -1,0 +1,1 @@
+"""The on-disk formats of quantized checkpoints, one file each."""

@@ -1,0 +1,126 @@
+"""What a quantisation scheme provides, and the registry of schemes.
+
+A scheme says how the weight of an expert is stored and how rows are multiplied by it. The converter, the layers and
+the tests enumerate the registry, so a new scheme is one new file in ``schemes/``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+
+
+class QuantizedWeight(NamedTuple):
+    """The stored form of a weight ``[..., N, K]``; leading dims, if any, are experts.
+
+    Attributes:
+        weight: the integers, ``[..., N, K]`` int8 or ``[..., N, K/8]`` int32 words of eight int4.
+        scale: ``[..., N, G]``, one scale for each of G groups of consecutive values along K.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+
+class QuantScheme(ABC):
+    """How weights are stored and multiplied. Immutable; two schemes with equal options are interchangeable."""
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that make this scheme again: ``get_scheme(scheme.name, **scheme.options)``."""
+
+    @abstractmethod
+    def quantize(self, weight: torch.Tensor) -> QuantizedWeight:
+        """The stored form of a float weight ``[..., N, K]``.
+
+        Raises:
+            ValueError: the weight is not finite or its shape cannot be stored.
+        """
+
+    @abstractmethod
+    def dequantize(self, quantized: QuantizedWeight) -> torch.Tensor:
+        """The float32 weight ``[..., N, K]`` that the stored form stands for."""
+
+    @abstractmethod
+    def empty(
+        self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> QuantizedWeight:
+        """Uninitialised storage for a weight of ``shape`` ``[..., N, K]`` of a model of ``dtype``.
+
+        Raises:
+            ValueError: the shape cannot be stored.
+        """
+
+    @abstractmethod
+    def grouped_mm(
+        self,
+        x: torch.Tensor,
+        quantized: QuantizedWeight,
+        expert_tokens: torch.Tensor,
+        *,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Rows of x, sorted by expert, each multiplied by the weight of its expert with the scheme's arithmetic.
+
+        Args:
+            x: ``[R, K]``, bfloat16 or float16.
+            quantized: of ``[E, N, K]``.
+            expert_tokens: ``[E]`` int64, rows of each expert.
+            bias: ``[E, N]``.
+
+        Returns:
+            ``[R, N]``, dtype of x.
+        """
+
+
+_SCHEMES: dict[str, type[QuantScheme]] = {}
+_Scheme = TypeVar("_Scheme", bound=type[QuantScheme])
+
+
+def register_scheme(scheme: _Scheme) -> _Scheme:
+    """Class decorator: make a scheme known by its ``name``."""
+    if scheme.name in _SCHEMES:
+        raise ValueError(f"a quantization scheme named {scheme.name!r} is registered already")
+    _SCHEMES[scheme.name] = scheme
+    return scheme
+
+
+def get_scheme(name: str, **options: Any) -> QuantScheme:
+    """The scheme called ``name``.
+
+    Args:
+        name: ``"w8a8"`` or ``"w4a16"``.
+        **options: options of that scheme, e.g. ``group_size`` of ``"w4a16"``.
+
+    Raises:
+        ValueError: there is no such scheme, or it does not have such an option.
+
+    Example:
+        >>> get_scheme("w4a16", group_size=64)
+        W4A16(group_size=64)
+    """
+    if name not in _SCHEMES:
+        raise ValueError(f"there is no quantization scheme {name!r}; choose one of {', '.join(scheme_names())}")
+    try:
+        return _SCHEMES[name](**options)
+    except TypeError as error:
+        raise ValueError(f"quantization scheme {name!r} does not take these options: {error}") from None
+
+
+def scheme_names() -> tuple[str, ...]:
+    """The names of all schemes, sorted."""
+    return tuple(sorted(_SCHEMES))
+
+
+def require_half(scheme: str, x: torch.Tensor) -> None:
+    """Raise unless ``x`` is bfloat16 or float16, the dtypes quantised kernels compute in."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{scheme} computes on bfloat16 or float16 rows, but got {x.dtype}; load the model in torch.bfloat16"
+        )
