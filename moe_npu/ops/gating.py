@@ -34,7 +34,8 @@ def _row_idx(x: torch.Tensor, k: int) -> torch.Tensor:
     """``row_idx[row, j] = j * rows + row``: the column-major index of each (token, slot) pair."""
     leading = x.shape[:-1]
     rows = leading.numel()
-    return torch.arange(rows * k, dtype=torch.int32, device=x.device).view(k, rows).t().reshape(*leading, k)
+    index = torch.arange(rows * k, dtype=torch.int32, device=x.device).view(k, rows)
+    return index.t().contiguous().view(*leading, k)
 
 
 def _cpu(x: torch.Tensor, finished: torch.Tensor | None, k: int) -> _Gated:

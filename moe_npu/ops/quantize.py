@@ -99,19 +99,31 @@ def _dynamic_quant_cpu(
     values = _smoothed(input, smooth_scales, group_index, quant_mode)
     largest = 127.0 if dst_type == torch.int8 else 7.0
     if quant_mode == "pertoken":
-        amax = values.abs().amax(-1, keepdim=True) if values.numel() else values.new_zeros(*values.shape[:-1], 1)
+        amax = _amax(values, -1)
         scale = amax.squeeze(-1)
     elif quant_mode == "perchannel":
-        amax = values.abs().amax(-2, keepdim=True)
+        amax = _amax(values, -2)
         scale = amax.squeeze(-2)
     else:
         amax = values.abs().amax() if values.numel() else values.new_zeros(())
         scale = amax.view(1)
     # a division of tensors: with a Python number torch multiplies by the reciprocal, which moves ties
     factor = torch.where(amax == 0, 0.0, torch.tensor(largest) / amax)
-    codes = (values * factor).round_().to(torch.int8)
+    values = (values * factor).round_()
+    if not bool(torch.isfinite(factor).all() & torch.isfinite(amax).all()):  # the factor of a tiny maximum is infinite
+        values = values.nan_to_num_(0.0).clamp_(-largest, largest)
+    codes = values.to(torch.int8).contiguous()
     # the device multiplies by the reciprocal, a float32 constant
-    return codes if dst_type == torch.int8 else pack_int4(codes), scale * (1.0 / largest)
+    return codes if dst_type == torch.int8 else pack_int4(codes), (scale * (1.0 / largest)).contiguous()
+
+
+def _amax(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """Largest magnitude along ``dim``, which stays with size one; zero where there is none."""
+    if values.numel() == 0:
+        shape = list(values.shape)
+        shape[dim] = 1
+        return values.new_zeros(shape)
+    return values.abs().amax(dim, keepdim=True)
 
 
 def _dynamic_quant_npu(

@@ -69,7 +69,7 @@ def _backward_cpu(grad_output: torch.Tensor, input: torch.Tensor, dim: int) -> t
     silu = a * sigmoid
     # s (1 + a (1 - s)) = s + silu - silu s
     dsilu = sigmoid + silu - silu * sigmoid
-    return torch.cat((dy * b * dsilu, dy * silu), dim).to(input.dtype)
+    return torch.cat((dy * b * dsilu, dy * silu), dim).to(input.dtype).contiguous()  # cat keeps channels-last strides
 
 
 def _backward_npu(grad_output: torch.Tensor, input: torch.Tensor, dim: int) -> torch.Tensor:
