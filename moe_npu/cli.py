@@ -99,7 +99,14 @@ def inspect(
     summary = inspect_checkpoint(src)
     console = Console()
     table = Table(title=str(src))
-    for column, justify in (("tensors", "left"), ("dtype", "left"), ("shape", "left"), ("number", "right"), ("size", "right"), ("share", "right")):
+    for column, justify in (
+        ("tensors", "left"),
+        ("dtype", "left"),
+        ("shape", "left"),
+        ("number", "right"),
+        ("size", "right"),
+        ("share", "right"),
+    ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for row in summary.rows:
         table.add_row(

@@ -43,7 +43,9 @@ class Corpus:
             name = file.relative_to(folder).as_posix()
             parts[zlib.crc32(name.encode()) % _HELD_OUT_SHARE == 0].append(file.read_bytes())
         if sum(map(len, parts[False])) < _MIN_BYTES or not parts[True]:
-            raise FileNotFoundError(f"{folder} holds too few Python sources to train on; is the standard library zipped?")
+            raise FileNotFoundError(
+                f"{folder} holds too few Python sources to train on; is the standard library zipped?"
+            )
         return cls(encode(b"".join(parts[False])), encode(b"".join(parts[True])), len(parts[False]), len(parts[True]))
 
     def batch(self, batch_size: int, length: int, *, seed: int, step: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from moe_npu.demo.corpus import decode, encode
 
@@ -40,7 +41,7 @@ def bits_per_byte(model: Any, windows: torch.Tensor, *, batch_size: int = 16) ->
     total = 0.0
     for ids in windows.split(batch_size):
         logits = model(input_ids=ids).logits[:, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+        total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
     model.train(was_training)
     return total / (windows.size(0) * (windows.size(1) - 1)) / math.log(2)
 

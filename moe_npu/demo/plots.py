@@ -23,9 +23,7 @@ def plot_loss(history: History, path: Path) -> None:
     axes = figure.subplots()
     steps = np.arange(1, len(history.train) + 1)
     axes.plot(steps, history.train, color="tab:blue", linewidth=1, label="training batch")
-    axes.plot(
-        list(history.held_out), list(history.held_out.values()), "o-", color="tab:orange", label="held-out files"
-    )
+    axes.plot(list(history.held_out), list(history.held_out.values()), "o-", color="tab:orange", label="held-out files")
     axes.set_xlabel("step")
     axes.set_ylabel("cross entropy [bits per byte]")
     axes.set_ylim(bottom=0)

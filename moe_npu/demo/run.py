@@ -63,8 +63,9 @@ def run_demo(
         corpus = Corpus.load()
         windows = corpus.held_out_windows(num_windows, settings.sequence_length).to(device)
         console.print(
-            f"Text: {corpus.num_train_files} files of the Python standard library, {corpus.train.numel() / 1e6:.1f} MB; "
-            f"held out: {corpus.num_held_out_files} files, {corpus.held_out.numel() / 1e6:.1f} MB"
+            f"Text: the Python standard library, {corpus.num_train_files} files, {corpus.train.numel() / 1e6:.1f} MB; "
+            f"held out {corpus.num_held_out_files} files, {corpus.held_out.numel() / 1e6:.1f} MB",
+            soft_wrap=True,
         )
         model_folder = out / "model"
         if model_folder.is_dir():
@@ -98,7 +99,9 @@ def _claim(out: Path, settings: Settings) -> None:
         theirs = json.loads(path.read_text())
         if theirs != ours:
             changed = ", ".join(
-                f"{key} {theirs.get(key)} there, {value} here" for key, value in ours.items() if theirs.get(key) != value
+                f"{key} {theirs.get(key)} there, {value} here"
+                for key, value in ours.items()
+                if theirs.get(key) != value
             )
             raise FileExistsError(f"{out} holds a run with other settings ({changed}); choose another --out")
         return
@@ -108,9 +111,7 @@ def _claim(out: Path, settings: Settings) -> None:
     path.write_text(json.dumps(ours, indent=2) + "\n")
 
 
-def _train(
-    settings: Settings, corpus: Corpus, windows: torch.Tensor, out: Path, device: str, console: Console
-) -> None:
+def _train(settings: Settings, corpus: Corpus, windows: torch.Tensor, out: Path, device: str, console: Console) -> None:
     trainer = Trainer(settings, corpus, out, device)
     model = trainer.model
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -128,8 +128,8 @@ class Trainer:
             output.loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
             self.optimizer.step()
-            balance = float(output.aux_loss)
-            self.history.train.append((float(output.loss) - settings.aux_loss_coef * balance) / math.log(2))
+            balance = output.aux_loss.item()
+            self.history.train.append((output.loss.item() - settings.aux_loss_coef * balance) / math.log(2))
             self.history.balance.append(balance / settings.top_k)
             self.history.seconds = time.perf_counter() - start
             is_last = self.step == settings.steps
@@ -148,14 +148,12 @@ class Trainer:
         history = json.dumps({"settings": asdict(self.settings), "history": asdict(self.history)})
         # history and tensors in one file: what is renamed into place is one consistent state
         save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, partial, {_HISTORY: history})
-        os.replace(partial, self.folder / _STATE)
+        partial.replace(self.folder / _STATE)
 
     def _load(self) -> None:
         path = self.folder / _STATE
         if not path.is_file():
             return
-        from safetensors import safe_open
-
         with safe_open(path, framework="pt") as file:
             stored: dict[str, Any] = json.loads(file.metadata()[_HISTORY])
         history = stored["history"]

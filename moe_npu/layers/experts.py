@@ -50,8 +50,8 @@ class GroupedExperts(nn.Module):
 
         self.gate_up_proj = parameter(2 * intermediate_size, hidden_size)
         self.down_proj = parameter(hidden_size, intermediate_size)
-        self.register_parameter("gate_up_proj_bias", parameter(2 * intermediate_size) if bias else None)
-        self.register_parameter("down_proj_bias", parameter(hidden_size) if bias else None)
+        self.gate_up_proj_bias = parameter(2 * intermediate_size) if bias else None
+        self.down_proj_bias = parameter(hidden_size) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

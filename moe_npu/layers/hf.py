@@ -70,7 +70,7 @@ def _linear(experts: Any, name: str, rows: torch.Tensor, expert_tokens: torch.Te
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
     scheme = getattr(experts, SCHEME_ATTRIBUTE, None)
     if scheme is not None:
-        return scheme.grouped_mm(rows, quantized_weight(experts, name), expert_tokens, bias=bias)  # type: ignore[no-any-return]
+        return scheme.grouped_mm(rows, quantized_weight(experts, name), expert_tokens, bias=bias)
     weight = getattr(experts, name)
     # as a linear layer under autocast; elsewhere rows follow the weight, as norms may compute in float32
     device_type = rows.device.type

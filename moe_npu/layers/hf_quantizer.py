@@ -48,7 +48,9 @@ class MoeNpuHfQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to quantize at load."""
         if not self.pre_quantized:
-            raise ValueError("moe_npu loads quantized checkpoints; make one with `moe-npu quantize SRC DST --scheme ...`")
+            raise ValueError(
+                "moe_npu loads quantized checkpoints; make one with `moe-npu quantize SRC DST --scheme ...`"
+            )
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         scheme = self.quantization_config.scheme

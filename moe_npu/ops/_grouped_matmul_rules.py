@@ -321,11 +321,11 @@ def check_scenario(
         if group_sizes is not None:
             require(
                 group_sizes[-1] == x[0].size(0) or not one_output,
-                f"{OP}: the last entry of group_list must be the number of rows {x[0].size(0)}, but is {group_sizes[-1]}",
+                f"{OP}: the last entry of group_list must be the rows of x, {x[0].size(0)}, but is {group_sizes[-1]}",
             )
     require(
         not is_list_overload or not single_weight,
-        f"{OP}: weight must be 2-D tensors when group_list is a list of ints; pass group_list as a tensor for one 3-D weight",
+        f"{OP}: weight must be 2-D tensors when group_list is a list of ints; with one 3-D weight pass a tensor",
     )
     for index, tensor in enumerate(weight):
         require(
@@ -333,7 +333,7 @@ def check_scenario(
             f"{OP}: weight[{index}] must be 2-D (or weight one 3-D tensor), but has shape {tuple(tensor.shape)}",
         )
     require(
-        not row.row_groups_only or len(x) == 1 and not pairs and one_output,
+        not row.row_groups_only or (len(x) == 1 and not pairs and one_output),
         f"{OP}: per_token_scale needs group_type 0, one x and one result",
     )
 

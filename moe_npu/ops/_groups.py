@@ -14,9 +14,9 @@ COUNTS = 1
 
 
 class Group(NamedTuple):
-    """Rows ``start:end`` belong to group ``index``."""
+    """Rows ``start:end`` belong to the group number ``group``."""
 
-    index: int
+    group: int
     start: int
     end: int
 

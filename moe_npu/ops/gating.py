@@ -52,7 +52,7 @@ def _cpu(x: torch.Tensor, finished: torch.Tensor | None, k: int) -> _Gated:
 
 
 def _npu(x: torch.Tensor, finished: torch.Tensor | None, k: int) -> _Gated:
-    return torch.ops.npu.npu_moe_gating_top_k_softmax(x, finished, k)  # type: ignore[no-any-return]
+    return torch.ops.npu.npu_moe_gating_top_k_softmax(x, finished, k)
 
 
 def _fake(x: torch.Tensor, finished: torch.Tensor | None, k: int) -> _Gated:
@@ -110,4 +110,4 @@ def npu_moe_gating_top_k_softmax(x: torch.Tensor, finished: torch.Tensor | None 
         (tensor([[0.4576, 0.4576]]), tensor([[1, 2]], dtype=torch.int32), tensor([[0, 1]], dtype=torch.int32))
     """
     _check(x, finished, k)
-    return _op(x, finished, k)  # type: ignore[no-any-return]
+    return _op(x, finished, k)

@@ -261,12 +261,12 @@ def _npu(
     }
     parameters["split_item"] = split_item
     if group_sizes is not None:  # the overload with host integers has no modes
-        return torch.ops.npu.npu_grouped_matmul.List(  # type: ignore[no-any-return]
+        return torch.ops.npu.npu_grouped_matmul.List(
             x, weight, group_list=group_sizes, output_dtype=output_dtype, **parameters
         )
     if group_list is not None and group_list.size(0) == 1:
         group_list_type = CUMSUM  # a length-1 list of counts is refused; the values are the same
-    return torch.ops.npu.npu_grouped_matmul(  # type: ignore[no-any-return]
+    return torch.ops.npu.npu_grouped_matmul(
         x,
         weight,
         group_list=group_list,
@@ -608,7 +608,7 @@ def npu_grouped_matmul(
     )
     rules.check_shapes(row, x, weight, **lists, group_type=group_type, split_item=split_item)
     rules.check_gradients(row, **lists)
-    return _op(  # type: ignore[no-any-return]
+    return _op(
         list(x),
         list(weight),
         *lists.values(),

@@ -222,7 +222,7 @@ def grouped_mm(
             bias.shape == (weight.size(0), weight.size(2)),
             f"{op}: bias must have shape {(weight.size(0), weight.size(2))}, but has {tuple(bias.shape)}",
         )
-    return _op(x, weight, expert_tokens, bias)  # type: ignore[no-any-return]
+    return _op(x, weight, expert_tokens, bias)
 
 
 def grouped_mm_weight_grad(x: torch.Tensor, dy: torch.Tensor, expert_tokens: torch.Tensor) -> torch.Tensor:
@@ -240,11 +240,12 @@ def grouped_mm_weight_grad(x: torch.Tensor, dy: torch.Tensor, expert_tokens: tor
         OperatorError: shapes, dtypes or devices disagree; on CPU also negative counts or more rows counted than given.
 
     Example:
-        >>> grouped_mm_weight_grad(torch.ones(3, 1), torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1, 2])).flatten()
+        >>> dy = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> grouped_mm_weight_grad(torch.ones(3, 1), dy, torch.tensor([1, 2])).flatten()
         tensor([1., 5.])
     """
     op = "grouped_mm_weight_grad"
     _check(op, x, dy, expert_tokens, "dy")
     require_dim(op, "dy", dy, (2,))
     require(x.size(0) == dy.size(0), f"{op}: x has {x.size(0)} rows but dy has {dy.size(0)}")
-    return _weight_grad_op(x, dy, expert_tokens)  # type: ignore[no-any-return]
+    return _weight_grad_op(x, dy, expert_tokens)

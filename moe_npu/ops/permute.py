@@ -72,7 +72,7 @@ def _permute_npu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if indices.numel() == 0:
         return tokens.new_empty(0, tokens.size(1)), indices.new_empty(0, dtype=torch.int32)
-    return torch.ops.npu.npu_moe_token_permute(tokens, indices, num_out_tokens, padded_mode)  # type: ignore[no-any-return]
+    return torch.ops.npu.npu_moe_token_permute(tokens, indices, num_out_tokens, padded_mode)
 
 
 def _permute_fake(
@@ -161,9 +161,7 @@ def _unpermute_npu(
 ) -> torch.Tensor:
     if sorted_indices.size(0) == 0:
         return _unpermute_fake(permuted_tokens, sorted_indices, probs, padded_mode, restore_shape)
-    return torch.ops.npu.npu_moe_token_unpermute(  # type: ignore[no-any-return]
-        permuted_tokens, sorted_indices, probs, padded_mode, restore_shape
-    )
+    return torch.ops.npu.npu_moe_token_unpermute(permuted_tokens, sorted_indices, probs, padded_mode, restore_shape)
 
 
 def _unpermute_fake(
@@ -203,7 +201,7 @@ def _unpermute_grad_cpu(
     num_rows: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    index = sorted_indices.view(dout.size(0), -1).long()
+    index = sorted_indices.view(-1, 1 if probs is None else probs.size(1)).long()
     present = (index >= 0) & (index < num_rows)
     compute_dtype = torch.promote_types(dtype, torch.float32)
     drows = dout.to(compute_dtype)
@@ -329,7 +327,7 @@ def npu_moe_token_permute(
         (tensor([1., 3., 1., 2., 3., 2.]), tensor([2, 0, 5, 3, 1, 4], dtype=torch.int32))
     """
     _check_permute(tokens, indices, padded_mode)
-    return _permute_op(tokens, indices, num_out_tokens, padded_mode)  # type: ignore[no-any-return]
+    return _permute_op(tokens, indices, num_out_tokens, padded_mode)
 
 
 def npu_moe_token_unpermute(
@@ -364,6 +362,4 @@ def npu_moe_token_unpermute(
         tensor([25., 30.])
     """
     _check_unpermute(permuted_tokens, sorted_indices, probs, padded_mode)
-    return _unpermute_op(  # type: ignore[no-any-return]
-        permuted_tokens, sorted_indices, probs, padded_mode, restore_shape
-    )
+    return _unpermute_op(permuted_tokens, sorted_indices, probs, padded_mode, restore_shape)

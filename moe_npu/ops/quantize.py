@@ -135,7 +135,7 @@ def _dynamic_quant_npu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if input.numel() == 0:
         return _dynamic_quant_fake(input, smooth_scales, group_index, dst_type, quant_mode)
-    return torch.ops.npu.npu_dynamic_quant(  # type: ignore[no-any-return]
+    return torch.ops.npu.npu_dynamic_quant(
         input, smooth_scales=smooth_scales, group_index=group_index, dst_type=dst_type, quant_mode=quant_mode
     )
 
@@ -205,7 +205,7 @@ def npu_dynamic_quant(
     dst_type = dst_type or torch.int8
     _check_dynamic_quant(input, smooth_scales, group_index, dst_type, quant_mode, dst_type_max)
     smooth = None if smooth_scales is None else smooth_scales.detach()
-    return _dynamic_quant_op(input.detach(), smooth, group_index, dst_type, quant_mode)  # type: ignore[no-any-return]
+    return _dynamic_quant_op(input.detach(), smooth, group_index, dst_type, quant_mode)
 
 
 def _int4pack_cpu(weight: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
@@ -213,7 +213,7 @@ def _int4pack_cpu(weight: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
 
 
 def _int4pack_npu(weight: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
-    return torch.ops.npu.npu_convert_weight_to_int4pack(weight, inner_k_tiles)  # type: ignore[no-any-return]
+    return torch.ops.npu.npu_convert_weight_to_int4pack(weight, inner_k_tiles)
 
 
 def _int4pack_fake(weight: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
@@ -259,4 +259,4 @@ def npu_convert_weight_to_int4pack(weight: torch.Tensor, inner_k_tiles: int = 0)
         weight.size(-1) % INT4_PER_WORD == 0,
         f"{op}: weight last dim should be the multiple of 8, but is {weight.size(-1)}",
     )
-    return _int4pack_op(weight, inner_k_tiles)  # type: ignore[no-any-return]
+    return _int4pack_op(weight, inner_k_tiles)

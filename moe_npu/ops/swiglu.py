@@ -43,7 +43,7 @@ def _cpu(input: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _npu(input: torch.Tensor, dim: int) -> torch.Tensor:
-    return torch.ops.npu.npu_swiglu(input, dim)  # type: ignore[no-any-return]
+    return torch.ops.npu.npu_swiglu(input, dim)
 
 
 def _fake(input: torch.Tensor, dim: int) -> torch.Tensor:
@@ -73,7 +73,7 @@ def _backward_cpu(grad_output: torch.Tensor, input: torch.Tensor, dim: int) -> t
 
 
 def _backward_npu(grad_output: torch.Tensor, input: torch.Tensor, dim: int) -> torch.Tensor:
-    return torch.ops.npu.npu_swiglu_backward(grad_output, input, dim)  # type: ignore[no-any-return]
+    return torch.ops.npu.npu_swiglu_backward(grad_output, input, dim)
 
 
 def _backward_fake(grad_output: torch.Tensor, input: torch.Tensor, dim: int) -> torch.Tensor:
@@ -135,7 +135,7 @@ def npu_swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
         tensor([2.1932, 7.0464])
     """
     _check("npu_swiglu", input, dim)
-    return _op(input, dim)  # type: ignore[no-any-return]
+    return _op(input, dim)
 
 
 def npu_swiglu_backward(grad_output: torch.Tensor, input: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -165,4 +165,4 @@ def npu_swiglu_backward(grad_output: torch.Tensor, input: torch.Tensor, dim: int
         f"{op}: grad_output must be {input.dtype} of shape {tuple(expected)}, "
         f"but is {grad_output.dtype} of shape {tuple(grad_output.shape)}",
     )
-    return _backward_op(grad_output, input, dim)  # type: ignore[no-any-return]
+    return _backward_op(grad_output, input, dim)

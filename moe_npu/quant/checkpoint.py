@@ -64,7 +64,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: not JSON, not an object, or larger than 256 MiB.
     """
     if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; JSON files of a checkpoint may have {_MAX_JSON_BYTES}")
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes; JSON files of a checkpoint may have {_MAX_JSON_BYTES}"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -179,7 +181,7 @@ class SafetensorsWriter:
         if expected != actual:
             raise AssertionError(f"the layout has {expected} next, but {actual} came")
         if tensor.numel():
-            self._file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
         """Check that every tensor of the layout came."""

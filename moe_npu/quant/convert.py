@@ -105,7 +105,7 @@ def quantize_checkpoint(
     """Write ``dst``, the checkpoint ``src`` with its routed experts quantized, in the native format.
 
     Router, attention, shared experts, embeddings and norms are copied bit for bit. Memory is bounded by the largest
-    tensor. ``dst`` appears when it is complete, or not at all. The format is that of :mod:`moe_npu.quant.formats.native`.
+    tensor. ``dst`` appears when it is complete, or not at all. Its format is :mod:`moe_npu.quant.formats.native`.
 
     Args:
         src: folder of a Hugging Face checkpoint: ``config.json`` and safetensors with per-expert weights.
@@ -129,7 +129,9 @@ def quantize_checkpoint(
     if "quantization_config" in checkpoint.config:
         method = checkpoint.config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
-        raise ValueError(f"{checkpoint.folder} is quantized already (quant_method {method!r}); quantize the float model")
+        raise ValueError(
+            f"{checkpoint.folder} is quantized already (quant_method {method!r}); quantize the float model"
+        )
     quantized = {info.name for info in expert_weights(checkpoint)}
     layout = _layout(checkpoint, quantized, scheme)
 

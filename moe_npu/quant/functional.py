@@ -38,7 +38,9 @@ def quantize(
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, but is {bits}")
     if not weight.is_floating_point() or weight.dim() < 2:
-        raise ValueError(f"weight must be a float tensor [..., N, K], but is {weight.dtype} of shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must be a float tensor [..., N, K], but is {weight.dtype} of shape {tuple(weight.shape)}"
+        )
     columns = weight.size(-1)
     group_size = columns if group_size is None else group_size
     if group_size < 1 or columns % group_size != 0:
@@ -49,7 +51,9 @@ def quantize(
     groups = rearrange(weight.float(), "... (g s) -> ... g s", s=group_size)
     scale = (groups.abs().amax(-1) / largest).to(scale_dtype)  # [..., N, G]
     if bool(torch.isinf(scale).any()):
-        raise ValueError(f"weight is too large for scales of {scale_dtype}: its largest magnitude is {weight.abs().max()}")
+        raise ValueError(
+            f"weight is too large for scales of {scale_dtype}: its largest magnitude is {weight.abs().max()}"
+        )
     scale = torch.where(scale == 0, torch.finfo(scale_dtype).eps, scale)
     codes = (groups / scale.float().unsqueeze(-1)).round_().clamp_(-largest, largest).to(torch.int8)
     return rearrange(codes, "... g s -> ... (g s)"), scale
@@ -110,7 +114,9 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     if codes.is_floating_point() or codes.is_complex():
         raise ValueError(f"codes must be integers, but are {codes.dtype}")
     if codes.dim() == 0 or codes.size(-1) % INT4_PER_WORD != 0:
-        raise ValueError(f"the last axis of codes must be a multiple of {INT4_PER_WORD}, but shape is {tuple(codes.shape)}")
+        raise ValueError(
+            f"the last axis of codes must be a multiple of {INT4_PER_WORD}, but shape is {tuple(codes.shape)}"
+        )
     if codes.numel() and (int(codes.min()) < -8 or int(codes.max()) > 7):
         raise ValueError(f"codes must lie in -8..7, but reach from {int(codes.min())} to {int(codes.max())}")
     return _numerics.pack_int4(codes)

@@ -34,6 +34,8 @@ class Sample:
     differentiable: tuple[str, ...] = ()
     # the same call with some number of rows: these samples are compiled and exported with a dynamic number of rows
     with_rows: Callable[[int], Inputs] | None = None
+    # whether it differs from the samples before in what a compiler sees, not only in a dtype or a mode number
+    is_traced: bool = True
 
     @property
     def name(self) -> str:
@@ -309,7 +311,9 @@ def matmul_inputs(
 
 
 def _matmul_samples() -> list[Sample]:
-    def sample(id: str, scenario: str, row: str, *counts: int, with_rows: bool = False, **options: Any) -> Sample:
+    def sample(
+        id: str, scenario: str, row: str, *counts: int, with_rows: bool = False, traced: bool = True, **options: Any
+    ) -> Sample:
         make = lambda: matmul_inputs(scenario, row, counts or (2, 0, 3), **options)  # noqa: E731
         resize = None
         if with_rows:
@@ -317,7 +321,7 @@ def _matmul_samples() -> list[Sample]:
         wrt = {"float": ("x", "weight", "bias"), "int8": ("x", "bias"), "int4": ("x", "bias")}[ROWS[row].weight]
         if ROWS[row].x == torch.int8:
             wrt = ()
-        return Sample("npu_grouped_matmul", id, make, 2 * options.get("k", 8), wrt, resize)
+        return Sample("npu_grouped_matmul", id, make, 2 * options.get("k", 8), wrt, resize, traced)
 
     floats = ("float16", "bfloat16", "float32", "float64")
     integers = [row for row in ROWS if row not in floats]
@@ -374,24 +378,26 @@ def _matmul_samples() -> list[Sample]:
         sample("ints-smm-transposed", "ints-smm", "float32", 2, 1, layout=transposed, k=3),
         sample("sss-sliced", "sss", "float32", 2, 1, layout=sliced),
         sample("mms-sliced", "mms", "float32", 2, 1, layout=sliced),
+        sample("mms-mixed-layouts", "mms", "float32", 2, 1, layout=lambda w: sliced(w) if w.size(0) == 8 else w),
+        sample("mmm-mixed-layouts", "mmm", "float32", 2, 1, layout=lambda w: sliced(w) if w.size(0) == 8 else w),
         sample("int8-transposed", "sss", "per-token-float16", 2, 1, layout=transposed, bias=True),
         sample("int8-weight-transposed", "sss", "int8-weight-bfloat16", 2, 1, layout=transposed),
         # every row of the dtype table, where one weight is enough and in lists
         *[sample(f"sss-{row}", "sss", row, bias=True) for row in floats if row != "float32"],
         *[sample(f"k-split-{row}", "k-split", row) for row in floats if row != "float32"],
         *[sample(f"sss-{row}", "sss", row, bias=True, with_rows=True) for row in integers],
-        *[sample(f"sms-{row}", "sms", row) for row in integers],
-        *[sample(f"mms-{row}", "mms", row, bias=True) for row in lists if row != "float32"],
-        *[sample(f"mmm-{row}", "mmm", row, 2, 1, rank=3, bias=True) for row in lists if row != "float32"],
-        *[sample(f"ints-smm-{row}", "ints-smm", row, bias=True) for row in lists if row != "float32"],
+        *[sample(f"sms-{row}", "sms", row, traced=False) for row in integers],
+        *[sample(f"mms-{row}", "mms", row, bias=True, traced=False) for row in lists if row != "float32"],
+        *[sample(f"mmm-{row}", "mmm", row, 2, 1, rank=3, bias=True, traced=False) for row in lists if row != "float32"],
+        *[sample(f"ints-smm-{row}", "ints-smm", row, bias=True, traced=False) for row in lists if row != "float32"],
         *[
-            sample(f"{row}-act-{act_type}", "sss", row, act_type=act_type)
+            sample(f"{row}-act-{act_type}", "sss", row, act_type=act_type, traced=False)
             for row in ("int8-to-bfloat16", "int8-to-float16", "per-token-float16", "per-token-bfloat16-bias")
             for act_type in (1, 2, 4, 5)
         ],
         # int4: packed along N (the samples above) and along K, scales per column and per group of K
         *[
-            sample(f"{row}-{id}", scenario, row, bias=True, **options)
+            sample(f"{row}-{id}", scenario, row, bias=True, traced=row.endswith("bfloat16"), **options)
             for row in ("int4-weight-float16", "int4-weight-bfloat16")
             for id, scenario, options in (
                 ("packed-along-k", "sss", {"k": 16, "n": 5, "layout": transposed}),

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from moe_npu import ops
 from moe_npu.ops import _numerics
 from tests.helpers import reference
 from tests.helpers.assertions import assert_bits_equal, assert_close
-from tests.ops.samples import F64, SAMPLES, Inputs, Sample, relayout
+from tests.ops.samples import F64, SAMPLES, Inputs, Sample, contiguous, relayout, sliced, transposed
 
 REFERENCES: dict[str, Callable[..., Any]] = {
     "grouped_mm": reference.grouped_mm,
@@ -91,3 +92,139 @@ def test_leaves_its_inputs_alone(sample: Sample) -> None:
     for used, fresh in zip(tree_leaves(inputs), tree_leaves(sample.make()), strict=True):
         if isinstance(used, Tensor):
             assert_bits_equal(used, fresh)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def with_gradients(
+    sample: Sample, inputs: Inputs | None = None, dtype: torch.dtype | None = None
+) -> tuple[Callable[..., list[Tensor]], list[Tensor]]:
+    """The call as a function of its differentiable tensors, and these tensors, as leaves of `dtype` or their own."""
+    operator = getattr(ops, sample.op_name)
+    args, kwargs = sample.make() if inputs is None else inputs
+    bound = inspect.signature(operator).bind(*args, **kwargs).arguments
+    chosen = {name: bound[name] for name in sample.differentiable if bound.get(name) is not None}
+    values, structure = tree_flatten(chosen)
+    is_leaf = [isinstance(value, Tensor) and value.is_floating_point() for value in values]
+    leaves = [
+        relayout(value, dtype or value.dtype).requires_grad_()
+        for value, wanted in zip(values, is_leaf, strict=True)
+        if wanted
+    ]
+
+    def function(*tensors: Tensor) -> list[Tensor]:
+        rest = iter(tensors)
+        given = [next(rest) if wanted else value for value, wanted in zip(values, is_leaf, strict=True)]
+        return tree_leaves(operator(**{**bound, **tree_unflatten(given, structure)}))
+
+    return function, leaves
+
+
+def float_results(results: list[Tensor]) -> list[Tensor]:
+    return [result for result in results if result.requires_grad]
+
+
+DIFFERENTIABLE = [sample for sample in SAMPLES if sample.differentiable]
+# the half-precision samples say nothing new in float64; finite differences need memory of their own per element
+SMOOTH = [
+    sample
+    for sample in DIFFERENTIABLE
+    if tree_leaves(sample.make())[0].dtype == torch.float32
+    and all(torch._debug_has_internal_overlap(leaf) != 1 for leaf in with_gradients(sample)[1])
+]
+
+
+@over(SMOOTH)
+def test_first_and_second_derivatives(sample: Sample) -> None:
+    function, leaves = with_gradients(sample, dtype=F64)
+
+    def floats(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(float_results(function(*tensors)))
+
+    assert torch.autograd.gradcheck(floats, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(floats, leaves, fast_mode=True, gen_non_contig_grad_outputs=True)
+
+
+def _gradients(sample: Sample, layout: Callable[[Tensor], Tensor], chosen: slice = slice(None)) -> list[Tensor]:
+    function, leaves = with_gradients(sample)
+    results = float_results(function(*leaves))[chosen]
+    grads = [layout(torch.linspace(-1, 1, result.numel()).view(result.shape).to(result.dtype)) for result in results]
+    return list(torch.autograd.grad(results, leaves, grads, allow_unused=True, materialize_grads=True))
+
+
+def _first_element(grad: Tensor) -> Tensor:
+    return grad[(slice(0, 1),) * grad.dim()].expand(grad.shape)
+
+
+@over(DIFFERENTIABLE)
+def test_gradients_do_not_depend_on_the_layout_of_the_incoming_one(sample: Sample) -> None:
+    def assert_same(layout: Callable[[Tensor], Tensor], expected: list[Tensor]) -> None:
+        for gradient, wanted in zip(_gradients(sample, layout), expected, strict=True):
+            assert_bits_equal(gradient, wanted)
+
+    expected = _gradients(sample, contiguous)
+    assert_same(sliced, expected)
+    assert_same(lambda grad: transposed(grad) if grad.dim() > 1 else sliced(grad), expected)
+    assert_same(_first_element, _gradients(sample, lambda grad: _first_element(grad).contiguous()))
+
+
+@over([sample for sample in DIFFERENTIABLE if sample.id.startswith(("mmm", "ints-smm"))])
+def test_gradients_of_one_result_of_several(sample: Sample) -> None:
+    everything = _gradients(sample, contiguous)
+    parts = [_gradients(sample, contiguous, slice(index, index + 1)) for index in range(len(call(sample, sample.make())))]
+    for whole, *terms in zip(everything, *parts, strict=True):
+        torch.testing.assert_close(sum(terms), whole)
+
+
+# --- registration and tracing ----------------------------------------------------------------------------------------
+
+
+class _OperatorCalls(TorchDispatchMode):
+    """Records the calls of the registered operators that a public function and its backward make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "moe_npu":
+            copies = tree_map_only(Tensor, lambda t: relayout(t, t.dtype).requires_grad_(t.requires_grad), args)
+            self.calls.append((func, copies))
+        return func(*args, **kwargs or {})
+
+
+def operator_calls(sample: Sample, with_grad: bool) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The calls with plain inputs, or those of forward and backward with inputs that require gradients."""
+    with _OperatorCalls() as recorder:
+        if not with_grad:
+            call(sample, sample.make())
+        else:
+            function, leaves = with_gradients(sample)
+            results = float_results(function(*leaves))
+            grads = [torch.ones_like(result, requires_grad=True) for result in results]
+            torch.autograd.grad(results, leaves, grads, create_graph=True)
+    return recorder.calls
+
+
+# tracing with dynamic shapes takes a hundred times longer than these
+QUICK_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+@over(SAMPLES)
+def test_registration(sample: Sample) -> None:
+    ((operator, args),) = operator_calls(sample, with_grad=False)
+    torch.library.opcheck(operator, args, test_utils=QUICK_CHECKS)
+
+
+@over(DIFFERENTIABLE)
+def test_registration_with_gradients(sample: Sample) -> None:
+    for operator, args in operator_calls(sample, with_grad=True):
+        torch.library.opcheck(operator, args, test_utils=QUICK_CHECKS)
+
+
+@over([sample for sample in SAMPLES if sample.is_traced])
+def test_tracing_with_dynamic_shapes(sample: Sample) -> None:
+    calls = operator_calls(sample, with_grad=bool(sample.differentiable))
+    for operator, args in calls if sample.with_rows else calls[:1]:
+        torch.library.opcheck(operator, args, test_utils="test_aot_dispatch_dynamic")

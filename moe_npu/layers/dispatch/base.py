@@ -29,9 +29,7 @@ class TokenDispatcher(ABC):
     """Brings tokens to their experts and the weighted results back. Holds no state between calls."""
 
     @abstractmethod
-    def dispatch(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-    ) -> Dispatched:
+    def dispatch(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched:
         """Sort the (token, expert) pairs of ``hidden_states [T, H]``, both others ``[T, K]``, by expert."""
 
     @abstractmethod

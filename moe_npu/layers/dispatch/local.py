@@ -28,9 +28,7 @@ class LocalDispatcher(TokenDispatcher):
         self.num_experts = num_experts
         self.has_absent_experts = has_absent_experts
 
-    def dispatch(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-    ) -> Dispatched:
+    def dispatch(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched:
         """See :meth:`TokenDispatcher.dispatch`."""
         rows, sorted_indices = ops.npu_moe_token_permute(hidden_states, topk_ids)  # [T * K, H], [T * K]
         expert_tokens = count_expert_tokens(topk_ids, self.num_experts)  # [E]
