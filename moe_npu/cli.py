@@ -35,7 +35,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and the batches.")] = 0,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, npu, npu:1, ...")] = "cpu",
 ) -> None:
-    """Train a small MoE language model on real text, quantize it, and compare the results.
+    """Train a small MoE on real text, quantize it, compare.
 
     Trains transformers' Qwen3-MoE on the sources of the Python standard library, saves it as a Hugging Face
     checkpoint, quantizes that to W8A8 and W4A16, evaluates all three on held-out files and lets each continue a prompt.
@@ -51,16 +51,21 @@ def demo(
 
 @app.command()
 def quantize(
-    src: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint (config.json, safetensors).")],
-    dst: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    src: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint (config.json, safetensors).")
+    ],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; must not exist.")],
     scheme: Annotated[_Scheme, typer.Option(help="How to store the experts.")],
     group_size: Annotated[
         int | None, typer.Option(min=2, help="w4a16: input features that share a scale (default 128).")
     ] = None,
 ) -> None:
-    """Quantize the experts of a checkpoint; everything else is copied bit for bit.
+    """Quantize the experts of a checkpoint.
+
+    Everything but the routed experts is copied bit for bit.
 
     w8a8: int8 weights, one scale per output channel; activations are rounded to int8 per token when it runs.
+
     w4a16: int4 weights, one scale per group of input features; activations stay as they are.
 
     The result loads with transformers' from_pretrained after `import moe_npu`. Tensors are converted one by one; DST
@@ -93,9 +98,14 @@ def quantize(
 
 @app.command()
 def inspect(
-    src: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint, quantized by us or not.")],
+    src: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint, quantized by us or not.")
+    ],
 ) -> None:
-    """Show what a checkpoint holds: its experts, their shapes and dtypes, and where the bytes are."""
+    """Show what a checkpoint holds.
+
+    Its experts, the shapes and dtypes of all tensors, and where the bytes are; no weight is read.
+    """
     summary = inspect_checkpoint(src)
     console = Console()
     table = Table(title=str(src))

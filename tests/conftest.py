@@ -17,6 +17,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores already
 
 
+# `with torch.device(...)` remembers the allocation functions at its first use: let it see the real ones
+with torch.device("meta"):
+    torch.empty(0)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     random.seed(0)

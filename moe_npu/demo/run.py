@@ -85,10 +85,13 @@ def run_demo(
 
 
 def _check_device(device: str) -> None:
-    kind = torch.device(device).type
-    if kind not in ("cpu", "meta") and not getattr(torch, kind, None):
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"there is no device {device!r}; choose cpu, npu or another torch device") from None
+    if kind != "cpu" and not (hasattr(torch, kind) and getattr(torch, kind).is_available()):
         hint = "; install torch_npu with pip install 'moe-npu[npu]'" if kind == "npu" else ""
-        raise ValueError(f"torch knows no device {device!r} here{hint}")
+        raise ValueError(f"there is no {kind} device here{hint}")
 
 
 def _claim(out: Path, settings: Settings) -> None:

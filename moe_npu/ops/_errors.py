@@ -16,7 +16,11 @@ class OperatorError(RuntimeError, ValueError):
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise :class:`OperatorError` with ``message`` unless ``condition`` holds."""
+    """Raise :class:`OperatorError` with ``message`` unless ``condition`` holds.
+
+    Not for messages with sizes or numbers among the arguments: a compiler formats the message even where the
+    condition holds, which makes a constant of a dynamic size. Write ``if not condition: reject(message)`` there.
+    """
     if not condition:
         raise OperatorError(message)
 

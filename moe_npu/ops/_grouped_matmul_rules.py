@@ -89,13 +89,14 @@ def optional_tensors(name: str, tensors: _Tensors | None) -> list[torch.Tensor] 
 
 def check_modes(split_item: int, group_type: int, group_list_type: int, act_type: int) -> None:
     """Raise unless each of the mode numbers is one that exists."""
-    require(group_type in (-1, 0, 2), f"The group type must be -1, 0 or 2, but now is {group_type}.")
-    require(split_item in (0, 1, 2, 3), f"{OP}: split_item should only be one of 0/1/2/3, but now is {split_item}")
-    require(act_type in (0, 1, 2, 4, 5), f"{OP}: act_type must be 0, 1, 2, 4 or 5, but is {act_type}")
-    require(
-        group_list_type in (CUMSUM, COUNTS),
-        f"{OP}: group_list_type must be 0 (cumulative sums) or 1 (counts), but is {group_list_type}",
-    )
+    if group_type not in (-1, 0, 2):
+        reject(f"The group type must be -1, 0 or 2, but now is {group_type}.")
+    if split_item not in (0, 1, 2, 3):
+        reject(f"{OP}: split_item should only be one of 0/1/2/3, but now is {split_item}")
+    if act_type not in (0, 1, 2, 4, 5):
+        reject(f"{OP}: act_type must be 0, 1, 2, 4 or 5, but is {act_type}")
+    if group_list_type not in (CUMSUM, COUNTS):
+        reject(f"{OP}: group_list_type must be 0 (cumulative sums) or 1 (counts), but is {group_list_type}")
 
 
 def check_list_overload(
@@ -107,18 +108,22 @@ def check_list_overload(
 ) -> None:
     """Raise unless the modes that a list of ints does not take are left at their defaults."""
     rule = "when group_list is a list of ints, which takes no modes; pass group_list as a tensor"
-    require(group_type == -1, f"{OP}: group_type must be None, but is {group_type}, {rule}")
-    require(group_list_type == 0, f"{OP}: group_list_type must be None or 0, but is {group_list_type}, {rule}")
-    require(act_type == 0, f"{OP}: act_type must be None or 0, but is {act_type}, {rule}")
+    if group_type != -1:
+        reject(f"{OP}: group_type must be None, but is {group_type}, {rule}")
+    if group_list_type != 0:
+        reject(f"{OP}: group_list_type must be None or 0, but is {group_list_type}, {rule}")
+    if act_type != 0:
+        reject(f"{OP}: act_type must be None or 0, but is {act_type}, {rule}")
     require(optional_tensors("per_token_scale", per_token_scale) is None, f"{OP}: per_token_scale must be None {rule}")
     previous = 0
     for index, end in enumerate(group_sizes):
-        require(isinstance(end, (int, torch.SymInt)), f"{OP}: group_list[{index}] must be an int, but is {end!r}")
-        require(
-            end >= previous,
-            f"{OP}: each difference of group_list should be larger than or equal to 0 (cumulative sums), "
-            f"but entry {index} is {end} after {previous}",
-        )
+        if not isinstance(end, (int, torch.SymInt)):
+            reject(f"{OP}: group_list[{index}] must be an int, but is {end!r}")
+        if end < previous:
+            reject(
+                f"{OP}: each difference of group_list should be larger than or equal to 0 (cumulative sums), "
+                f"but entry {index} is {end} after {previous}"
+            )
         previous = end
 
 
@@ -231,11 +236,11 @@ def check_dtypes(
             f"{OP}: bias must have dtype {names} for x {dtype_name(x_dtype)}, weight {dtype_name(weight_dtype)} and "
             f"result {dtype_name(row.y)}, but has {dtype_name(bias[0].dtype)}"
         )
-    require(
-        act_type == 0 or row.takes_activation,
-        f"{OP}: act_type must be 0 for x {dtype_name(x_dtype)}, weight {dtype_name(weight_dtype)} and result "
-        f"{dtype_name(row.y)}, but is {act_type}; only int8 products with a float result are activated",
-    )
+    if act_type != 0 and not row.takes_activation:
+        reject(
+            f"{OP}: act_type must be 0 for x {dtype_name(x_dtype)}, weight {dtype_name(weight_dtype)} and result "
+            f"{dtype_name(row.y)}, but is {act_type}; only int8 products with a float result are activated"
+        )
     return row
 
 
@@ -273,10 +278,8 @@ def check_scenario(
             group_list.dtype == _I64 and group_list.dim() == 1,
             f"{OP}: group_list must be a 1-D int64 tensor, but is {group_list.dim()}-D {dtype_name(group_list.dtype)}",
         )
-        require(
-            1 <= group_list.size(0) <= _MAX_GROUPS,
-            f"{OP}: group_list must have 1 to {_MAX_GROUPS} entries, but has {group_list.size(0)}",
-        )
+        if not 1 <= group_list.size(0) <= _MAX_GROUPS:
+            reject(f"{OP}: group_list must have 1 to {_MAX_GROUPS} entries, but has {group_list.size(0)}")
         require(
             group_list.device == x[0].device,
             f"{OP}: group_list is on {group_list.device} but x[0] is on {x[0].device}",
@@ -287,9 +290,10 @@ def check_scenario(
         return
     if not is_list_overload and group_type == -1:
         require(not has_groups, f"{OP}: group_list must be None for group_type -1")
-        require(not one_output, f"{OP}: split_item must be 0 or 1 for group_type -1, but is {split_item}")
-    if group_type == 0:
-        require(one_output, f"{OP}: split_item must be 2 or 3 for group_type 0, but is {split_item}")
+        if one_output:
+            reject(f"{OP}: split_item must be 0 or 1 for group_type -1, but is {split_item}")
+    if group_type == 0 and not one_output:
+        reject(f"{OP}: split_item must be 2 or 3 for group_type 0, but is {split_item}")
 
     pairs = (len(x) == len(weight) and not single_weight) and not (len(x) == 1 and has_groups)
     if pairs:
@@ -314,14 +318,11 @@ def check_scenario(
         )
         num_weights = weight[0].size(0) if single_weight else len(weight)
         length = len(group_sizes) if group_sizes is not None else group_list.size(0)  # type: ignore[union-attr]
-        require(
-            length == num_weights,
-            f"{OP}: group_list must have one entry per weight, {num_weights}, but has {length}",
-        )
-        if group_sizes is not None:
-            require(
-                group_sizes[-1] == x[0].size(0) or not one_output,
-                f"{OP}: the last entry of group_list must be the rows of x, {x[0].size(0)}, but is {group_sizes[-1]}",
+        if length != num_weights:
+            reject(f"{OP}: group_list must have one entry per weight, {num_weights}, but has {length}")
+        if one_output and group_sizes is not None and group_sizes[-1] != x[0].size(0):
+            reject(
+                f"{OP}: the last entry of group_list must be the rows of x, {x[0].size(0)}, but is {group_sizes[-1]}"
             )
     require(
         not is_list_overload or not single_weight,
@@ -344,15 +345,10 @@ def _check_pair_groups(x: _Tensors, group_sizes: Sequence[int] | None, group_lis
         for tensor in x:
             end += tensor.size(0)
             ends.append(end)
-        require(
-            list(group_sizes) == ends,
-            f"{OP}: group_list must be the cumulative row counts of x {ends}, but is {list(group_sizes)}",
-        )
-    elif group_list is not None:
-        require(
-            group_list.size(0) == len(x),
-            f"{OP}: group_list must have one entry per x, {len(x)}, but has {group_list.size(0)}",
-        )
+        if list(group_sizes) != ends:
+            reject(f"{OP}: group_list must be the cumulative row counts of x {ends}, but is {list(group_sizes)}")
+    elif group_list is not None and group_list.size(0) != len(x):
+        reject(f"{OP}: group_list must have one entry per x, {len(x)}, but has {group_list.size(0)}")
 
 
 def _check_k_split(
@@ -414,18 +410,17 @@ def check_shapes(
     for index, (rows, columns) in enumerate(sizes):
         _check_inner_axis(f"weight[{index}]", rows if is_transposed(weight[index]) else columns)
         k = x[index if len(x) > 1 else 0].size(-1)
-        require(
-            k == rows,
-            f"{OP}: x[{index if len(x) > 1 else 0}] has {k} columns but weight[{index}] has {rows} rows "
-            f"(weight is [..., K, N])",
-        )
-        require(row.x != _I8 or rows > 0, f"{OP}: k must be a positive integer for int8 products, but is {rows}")
+        if k != rows:
+            reject(
+                f"{OP}: x[{index if len(x) > 1 else 0}] has {k} columns but weight[{index}] has {rows} rows "
+                f"(weight is [..., K, N])"
+            )
+        if row.x == _I8 and rows <= 0:
+            reject(f"{OP}: k must be a positive integer for int8 products, but is {rows}")
     if split_item in (2, 3):
-        columns_of = sorted({columns for _, columns in sizes})
-        require(
-            len(columns_of) == 1,
-            f"{OP}: all weights must have one number of columns for one result, but have {columns_of}",
-        )
+        columns_of = [columns for _, columns in sizes]
+        if not all(columns == columns_of[0] for columns in columns_of):
+            reject(f"{OP}: all weights must have one number of columns for one result, but have {columns_of}")
     for name, tensors in (
         ("bias", bias),
         ("scale", scale),
@@ -448,30 +443,29 @@ def check_shapes(
                 f"{OP}: antiquant_scale[{index}] and antiquant_offset[{index}] must have one shape, "
                 f"but have {tuple(a.shape)} and {tuple(b.shape)}",
             )
-        lengths = sorted(
-            {
-                size[0] // scale.size(-2)
-                for scale, tensor, size in zip(antiquant_scale, weight, sizes, strict=True)
-                if is_per_group(scale, tensor)
-            }
-        )
-        require(
-            len(lengths) <= 1,
-            f"{OP}: antiquant_scale must cut K into groups of one length for all weights, but has lengths {lengths}",
-        )
+        lengths = [
+            size[0] // scale.size(-2)
+            for scale, tensor, size in zip(antiquant_scale, weight, sizes, strict=True)
+            if is_per_group(scale, tensor)
+        ]
+        if not all(length == lengths[0] for length in lengths):
+            reject(
+                f"{OP}: antiquant_scale must cut K into groups of one length for all weights, but has lengths {lengths}"
+            )
     if per_token_scale is not None:
         require(
             len(per_token_scale) == 1, f"{OP}: per_token_scale must hold one tensor, but has {len(per_token_scale)}"
         )
-        require(
-            per_token_scale[0].shape == (x[0].size(0),),
-            f"{OP}: per_token_scale must have shape [{x[0].size(0)}], one value per row of x, "
-            f"but has {tuple(per_token_scale[0].shape)}",
-        )
+        if per_token_scale[0].shape != (x[0].size(0),):
+            reject(
+                f"{OP}: per_token_scale must have shape [{x[0].size(0)}], one value per row of x, "
+                f"but has {tuple(per_token_scale[0].shape)}"
+            )
 
 
 def _check_inner_axis(name: str, size: int) -> None:
-    require(size <= _MAX_INNER_AXIS, f"{OP}: the inner axis of {name} must be at most {_MAX_INNER_AXIS}, but is {size}")
+    if size > _MAX_INNER_AXIS:
+        reject(f"{OP}: the inner axis of {name} must be at most {_MAX_INNER_AXIS}, but is {size}")
 
 
 def is_per_group(parameter: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -487,17 +481,19 @@ def _check_parameter(
     if parameter.shape == (*leading, columns):
         return
     if per_group and is_per_group(parameter, weight):
-        require(
-            (*parameter.shape[:-2], parameter.size(-1)) == (*leading, columns)
-            and parameter.size(-2) > 0
-            and rows % parameter.size(-2) == 0,
-            f"{OP}: {name} must have shape {[*leading, 'G', columns]} with G dividing K = {rows}, "
-            f"but has {tuple(parameter.shape)}",
-        )
-        require(
-            not is_transposed(weight) or rows // parameter.size(-2) % 2 == 0,
-            f"{OP}: {name} must cut K = {rows} into groups of even length for a transposed weight, "
-            f"but has {parameter.size(-2)} groups",
-        )
+        if (
+            (*parameter.shape[:-2], parameter.size(-1)) != (*leading, columns)
+            or parameter.size(-2) <= 0
+            or rows % parameter.size(-2) != 0
+        ):
+            reject(
+                f"{OP}: {name} must have shape {[*leading, 'G', columns]} with G dividing K = {rows}, "
+                f"but has {tuple(parameter.shape)}"
+            )
+        if is_transposed(weight) and rows // parameter.size(-2) % 2 != 0:
+            reject(
+                f"{OP}: {name} must cut K = {rows} into groups of even length for a transposed weight, "
+                f"but has {parameter.size(-2)} groups"
+            )
         return
     reject(f"{OP}: {name} must have shape {[*leading, columns]}, but has {tuple(parameter.shape)}")

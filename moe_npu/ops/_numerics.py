@@ -81,7 +81,7 @@ def is_transposed(weight: torch.Tensor) -> bool:
     rows, columns = weight.shape[-2:]
     if rows == 1 and columns == 1:
         return False
-    return weight.stride(-2) == 1 and weight.stride(-1) == rows
+    return bool(weight.stride(-2) == 1 and weight.stride(-1) == rows)  # not a symbolic one
 
 
 def unpack_int4_weight(weight: torch.Tensor) -> torch.Tensor:

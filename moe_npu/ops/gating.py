@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moe_npu.ops._errors import require, require_dim, require_dtype
+from moe_npu.ops._errors import reject, require, require_dim, require_dtype
 from moe_npu.ops._library import register_op
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -17,7 +17,8 @@ def _check(x: torch.Tensor, finished: torch.Tensor | None, k: int) -> None:
     op = "npu_moe_gating_top_k_softmax"
     require_dim(op, "x", x, (2, 3))
     require_dtype(op, "x", x, _FLOATS)
-    require(0 <= k <= x.size(-1), f"{op}: k must be between 0 and the number of experts {x.size(-1)}, but is {k}")
+    if not 0 <= k <= x.size(-1):
+        reject(f"{op}: k must be between 0 and the number of experts {x.size(-1)}, but is {k}")
     if finished is not None:
         require_dtype(op, "finished", finished, (torch.bool,))
         require(

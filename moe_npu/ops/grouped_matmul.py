@@ -23,6 +23,7 @@ from moe_npu.ops._library import register_op
 from moe_npu.ops._numerics import (
     dequantize_weight,
     int_matmul,
+    is_transposed,
     matmul_into,
     unpack_int4_weight,
 )
@@ -383,16 +384,22 @@ def _row_gradients(
         return dx, dweight, dbias
     rows = None
     if needs_dx:
-        transposed = [tensor.t() for tensor in weight]
-        rows = npu_grouped_matmul(
-            [dy], transposed, group_list=counts, split_item=3, group_type=0, group_list_type=COUNTS
-        )
+        rows = _times_transposed([dy], weight, counts)
     weights = grouped_mm_weight_grad(x, dy, counts).unbind() if needs_dweight else None
     biases = None
     if bias_dtype is not None:
         ones = dy.new_ones(dy.size(0), 1, dtype=bias_dtype)
         biases = grouped_mm_weight_grad(ones, dy.to(bias_dtype), counts).squeeze(1).unbind()
     return rows, weights, biases
+
+
+def _times_transposed(dy: _Tensors, weight: _Tensors, counts: torch.Tensor | None) -> _Tensors:
+    # a device wants all weights transposed or none: views with gaps among contiguous weights are copied
+    transposed = [(tensor if is_transposed(tensor) else tensor.contiguous()).mT for tensor in weight]
+    split_item, group_type = (0, -1) if counts is None else (3, 0)
+    return _op(  # type: ignore[no-any-return]
+        dy, transposed, *[None] * 5, counts, None, split_item, group_type, COUNTS, 0, None, None
+    )
 
 
 def _pair_gradients(
@@ -416,7 +423,7 @@ def _pair_gradients(
         grads = list(grads[0].split([tensor.size(0) for tensor in x]))
     dx: Sequence[torch.Tensor] | None = None
     if needs_dx:
-        dx = npu_grouped_matmul(grads, [tensor.t() for tensor in weight])
+        dx = _times_transposed(grads, weight, None)
         if not ctx.is_pairs:
             dx = [torch.cat([*dx, x[0].new_zeros(rest, x[0].size(1))])]
     pairs = [
@@ -584,8 +591,8 @@ def npu_grouped_matmul(
         ("per_token_scale_dtype", per_token_scale_dtype),
     ):
         require(code is None, f"{_OP}: {name} must be None, but is {code}; only later devices reinterpret dtypes")
-    if tuning_config:
-        require(tuning_config[0] >= 0, f"{_OP}: tuning_config[0] must not be negative, but is {tuning_config[0]}")
+    if tuning_config and tuning_config[0] < 0:
+        reject(f"{_OP}: tuning_config[0] must not be negative, but is {tuning_config[0]}")
     if isinstance(output_dtype, int):
         require(output_dtype in _DTYPE_CODES, f"{_OP}: output_dtype {output_dtype} is not the number of a known dtype")
         output_dtype = _DTYPE_CODES[output_dtype]

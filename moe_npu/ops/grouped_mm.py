@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moe_npu.ops._errors import dtype_name, require, require_dim, require_dtype
+from moe_npu.ops._errors import dtype_name, reject, require, require_dim, require_dtype
 from moe_npu.ops._groups import COUNTS, CUMSUM, row_groups
 from moe_npu.ops._library import register_op
 from moe_npu.ops._numerics import is_transposed, matmul_into
@@ -208,20 +208,16 @@ def grouped_mm(
     op = "grouped_mm"
     _check(op, x, weight, expert_tokens, "weight")
     require_dim(op, "weight", weight, (3,))
-    require(
-        weight.size(0) == expert_tokens.size(0),
-        f"{op}: weight has {weight.size(0)} experts but expert_tokens has {expert_tokens.size(0)} entries",
-    )
-    require(
-        x.size(1) == weight.size(1),
-        f"{op}: x has {x.size(1)} columns but each expert's weight has {weight.size(1)} rows (weight is [E, K, N])",
-    )
-    if bias is not None:
-        require_dtype(op, "bias", bias, (x.dtype, torch.float32))
-        require(
-            bias.shape == (weight.size(0), weight.size(2)),
-            f"{op}: bias must have shape {(weight.size(0), weight.size(2))}, but has {tuple(bias.shape)}",
+    if weight.size(0) != expert_tokens.size(0):
+        reject(f"{op}: weight has {weight.size(0)} experts but expert_tokens has {expert_tokens.size(0)} entries")
+    if x.size(1) != weight.size(1):
+        reject(
+            f"{op}: x has {x.size(1)} columns but each expert's weight has {weight.size(1)} rows (weight is [E, K, N])"
         )
+    if bias is not None:
+        require_dtype(op, "bias", bias, (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32))
+        if bias.shape != (weight.size(0), weight.size(2)):
+            reject(f"{op}: bias must have shape {(weight.size(0), weight.size(2))}, but has {tuple(bias.shape)}")
     return _op(x, weight, expert_tokens, bias)
 
 
@@ -247,5 +243,6 @@ def grouped_mm_weight_grad(x: torch.Tensor, dy: torch.Tensor, expert_tokens: tor
     op = "grouped_mm_weight_grad"
     _check(op, x, dy, expert_tokens, "dy")
     require_dim(op, "dy", dy, (2,))
-    require(x.size(0) == dy.size(0), f"{op}: x has {x.size(0)} rows but dy has {dy.size(0)}")
+    if x.size(0) != dy.size(0):
+        reject(f"{op}: x has {x.size(0)} rows but dy has {dy.size(0)}")
     return _weight_grad_op(x, dy, expert_tokens)

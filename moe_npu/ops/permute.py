@@ -31,17 +31,14 @@ def _check_permute(tokens: torch.Tensor, indices: torch.Tensor, padded_mode: boo
     require_dtype(op, "tokens", tokens, _FLOATS)
     require_dim(op, "indices", indices, (1, 2))
     require_dtype(op, "indices", indices, (torch.int32, torch.int64))
-    require(
-        indices.size(0) == tokens.size(0),
-        f"{op}: indices must have one row per token, but has {indices.size(0)} for {tokens.size(0)} tokens",
-    )
+    if indices.size(0) != tokens.size(0):
+        reject(f"{op}: indices must have one row per token, but has {indices.size(0)} for {tokens.size(0)} tokens")
     require(
         indices.dim() == 1 or 1 <= indices.size(1) <= _MAX_TOP_K,
         f"{op}: indices must have 1 to {_MAX_TOP_K} columns, but has shape {tuple(indices.shape)}",
     )
-    require(
-        indices.numel() < _MAX_PAIRS, f"{op}: indices must have fewer than 2**24 elements, but has {indices.numel()}"
-    )
+    if indices.numel() >= _MAX_PAIRS:
+        reject(f"{op}: indices must have fewer than 2**24 elements, but has {indices.numel()}")
     require(not padded_mode, f"{op}: padded_mode must be False; no device has the padded form")
 
 
@@ -109,11 +106,12 @@ def _check_unpermute(
     if probs is not None:
         require_dim(op, "probs", probs, (2,))
         require_dtype(op, "probs", probs, _FLOATS)
-        require(
-            probs.numel() == sorted_indices.size(0),
-            f"{op}: probs must have one weight per entry of sorted_indices, but has shape {tuple(probs.shape)} "
-            f"for {sorted_indices.size(0)} entries",
-        )
+        require(probs.size(1) > 0, f"{op}: probs must have at least one column, but has shape {tuple(probs.shape)}")
+        if probs.numel() != sorted_indices.size(0):
+            reject(
+                f"{op}: probs must have one weight per entry of sorted_indices, but has shape {tuple(probs.shape)} "
+                f"for {sorted_indices.size(0)} entries"
+            )
     require(not padded_mode, f"{op}: padded_mode must be False; no device has the padded form")
 
 

@@ -38,34 +38,32 @@ def _check_dynamic_quant(
         dst_type in (torch.int8, torch.quint4x2),
         f"{op}: dst_type must be None, torch.int8 or torch.quint4x2, but is {dst_type}",
     )
-    require(
-        dst_type == torch.int8 or input.size(-1) % INT4_PER_WORD == 0,
-        f"{op}: Input shape last dim must be divded by 8 when int4 quantization, but is {input.size(-1)}",
-    )
-    require(quant_mode in _QUANT_MODES, f"{op}: quant_mode must be one of {_QUANT_MODES}, but is {quant_mode!r}")
-    require(dst_type_max == 0.0, f"{op}: dst_type_max must be 0 for integer results, but is {dst_type_max}")
+    if dst_type != torch.int8 and input.size(-1) % INT4_PER_WORD != 0:
+        reject(f"{op}: Input shape last dim must be divded by 8 when int4 quantization, but is {input.size(-1)}")
+    if quant_mode not in _QUANT_MODES:
+        reject(f"{op}: quant_mode must be one of {_QUANT_MODES}, but is {quant_mode!r}")
+    if dst_type_max != 0.0:
+        reject(f"{op}: dst_type_max must be 0 for integer results, but is {dst_type_max}")
     if smooth_scales is None:
         require(group_index is None, f"{op}: group_index needs smooth_scales, which is None")
         return
     require_dtype(op, "smooth_scales", smooth_scales, (input.dtype,))
     channels = input.size(-2) if quant_mode == "perchannel" else input.size(-1)
     if group_index is None:
-        require(
-            smooth_scales.shape == (channels,),
-            f"{op}: smooth_scales must have shape {(channels,)}, but has {tuple(smooth_scales.shape)}",
-        )
+        if smooth_scales.shape != (channels,):
+            reject(f"{op}: smooth_scales must have shape {(channels,)}, but has {tuple(smooth_scales.shape)}")
         return
     require(quant_mode != "perchannel", f"{op}: group_index must be None for quant_mode 'perchannel'")
     require_dtype(op, "group_index", group_index, (torch.int32,))
-    require(
-        group_index.dim() == 1 and 1 <= group_index.size(0) <= _MAX_GROUPS,
-        f"{op}: group_index must have shape [E] with 1 to {_MAX_GROUPS} groups, but has {tuple(group_index.shape)}",
-    )
-    require(
-        smooth_scales.shape == (group_index.size(0), channels),
-        f"{op}: smooth_scales must have shape {(group_index.size(0), channels)} with this group_index, "
-        f"but has {tuple(smooth_scales.shape)}",
-    )
+    if not (group_index.dim() == 1 and 1 <= group_index.size(0) <= _MAX_GROUPS):
+        reject(
+            f"{op}: group_index must have shape [E] with 1 to {_MAX_GROUPS} groups, but has {tuple(group_index.shape)}"
+        )
+    if smooth_scales.shape != (group_index.size(0), channels):
+        reject(
+            f"{op}: smooth_scales must have shape {(group_index.size(0), channels)} with this group_index, "
+            f"but has {tuple(smooth_scales.shape)}"
+        )
 
 
 def _smoothed(
@@ -255,8 +253,6 @@ def npu_convert_weight_to_int4pack(weight: torch.Tensor, inner_k_tiles: int = 0)
         f"{op}: weight must have 2 or 3 dimensions and not be empty, but has shape {tuple(weight.shape)}",
     )
     require(weight.is_contiguous(), f"{op}: weight is Not contiguous, its strides are {tuple(weight.stride())}")
-    require(
-        weight.size(-1) % INT4_PER_WORD == 0,
-        f"{op}: weight last dim should be the multiple of 8, but is {weight.size(-1)}",
-    )
+    if weight.size(-1) % INT4_PER_WORD != 0:
+        reject(f"{op}: weight last dim should be the multiple of 8, but is {weight.size(-1)}")
     return _int4pack_op(weight, inner_k_tiles)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moe_npu.ops._errors import require, require_dtype
+from moe_npu.ops._errors import reject, require, require_dtype
 from moe_npu.ops._library import register_op
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -23,11 +23,13 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 def _check(op: str, input: torch.Tensor, dim: int) -> None:
     require_dtype(op, "input", input, _FLOATS)
     require(1 <= input.dim() <= 8, f"{op}: input must have 1 to 8 dimensions, but has shape {tuple(input.shape)}")
-    require(-input.dim() <= dim < input.dim(), f"{op}: dim {dim} is out of range for input of {input.dim()} dimensions")
-    require(
-        input.size(dim) % 2 == 0,
-        f"{op}: input must have an even size along dim {dim} to be split in halves, but has shape {tuple(input.shape)}",
-    )
+    if not -input.dim() <= dim < input.dim():
+        reject(f"{op}: dim {dim} is out of range for input of {input.dim()} dimensions")
+    if input.size(dim) % 2 != 0:
+        reject(
+            f"{op}: input must have an even size along dim {dim} to be split in halves, "
+            f"but has shape {tuple(input.shape)}"
+        )
 
 
 def _halves(input: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -499,7 +499,9 @@ def _ids(num_tokens: int, k: int, experts: int = 4, seed: int = 1) -> Tensor:
 
 
 def _permute_samples() -> list[Sample]:
-    def inputs(ids: Tensor, h: int = 3, dtype: torch.dtype = F32, layout: Layout = contiguous, **options: Any) -> Inputs:
+    def inputs(
+        ids: Tensor, h: int = 3, dtype: torch.dtype = F32, layout: Layout = contiguous, **options: Any
+    ) -> Inputs:
         return (layout(_Values().normal(ids.size(0), h, dtype=dtype)), ids), options
 
     def sample(id: str, ids: Tensor, with_rows: Any = None, **options: Any) -> Sample:
@@ -595,7 +597,7 @@ def _quantize_samples() -> list[Sample]:
 
     def sample(id: str, *shape: int, with_rows: Any = None, **options: Any) -> Sample:
         make = lambda: inputs(*shape, **options)  # noqa: E731
-        return Sample("npu_dynamic_quant", id, make, 1, (), with_rows)
+        return Sample("npu_dynamic_quant", id, make, 1, (), with_rows, is_traced=id != "nan")
 
     def packed(id: str, *shape: int, with_rows: Any = None) -> Sample:
         make = lambda: ((_Values().integers(-8, 7, *shape, dtype=torch.int32),), {})  # noqa: E731

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moe_npu import ops
 from moe_npu.ops import _numerics
@@ -97,32 +99,47 @@ def test_leaves_its_inputs_alone(sample: Sample) -> None:
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
+def bind(sample: Sample, inputs: Inputs, dtype: torch.dtype | None = None) -> tuple[dict[str, Any], list[Tensor]]:
+    """Arguments by name, and the differentiable tensors among them: leaves of `dtype`, or else of their own dtype."""
+    args, kwargs = inputs
+    named = dict(inspect.signature(getattr(ops, sample.op_name)).bind(*args, **kwargs).arguments)
+    leaves: list[Tensor] = []
+
+    def make_leaf(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        leaves.append(relayout(tensor, dtype or tensor.dtype).requires_grad_())
+        return leaves[-1]
+
+    for name in sample.differentiable:
+        if named.get(name) is not None:
+            named[name] = tree_map_only(Tensor, make_leaf, named[name])
+    return named, leaves
+
+
 def with_gradients(
-    sample: Sample, inputs: Inputs | None = None, dtype: torch.dtype | None = None
+    sample: Sample, dtype: torch.dtype | None = None, operator: Callable[..., Any] | None = None
 ) -> tuple[Callable[..., list[Tensor]], list[Tensor]]:
-    """The call as a function of its differentiable tensors, and these tensors, as leaves of `dtype` or their own."""
-    operator = getattr(ops, sample.op_name)
-    args, kwargs = sample.make() if inputs is None else inputs
-    bound = inspect.signature(operator).bind(*args, **kwargs).arguments
-    chosen = {name: bound[name] for name in sample.differentiable if bound.get(name) is not None}
-    values, structure = tree_flatten(chosen)
-    is_leaf = [isinstance(value, Tensor) and value.is_floating_point() for value in values]
-    leaves = [
-        relayout(value, dtype or value.dtype).requires_grad_()
-        for value, wanted in zip(values, is_leaf, strict=True)
-        if wanted
-    ]
+    """The call as a function of its differentiable tensors, and these tensors."""
+    operator = operator or getattr(ops, sample.op_name)
+    named, leaves = bind(sample, sample.make(), dtype)
+    bound = inspect.signature(getattr(ops, sample.op_name)).bind(**named)
 
     def function(*tensors: Tensor) -> list[Tensor]:
-        rest = iter(tensors)
-        given = [next(rest) if wanted else value for value, wanted in zip(values, is_leaf, strict=True)]
-        return tree_leaves(operator(**{**bound, **tree_unflatten(given, structure)}))
+        given = {id(leaf): tensor for leaf, tensor in zip(leaves, tensors, strict=True)}
+        args, kwargs = tree_map_only(Tensor, lambda tensor: given.get(id(tensor), tensor), (bound.args, bound.kwargs))
+        return tree_leaves(operator(*args, **kwargs))
 
     return function, leaves
 
 
 def float_results(results: list[Tensor]) -> list[Tensor]:
     return [result for result in results if result.requires_grad]
+
+
+def ramps(results: list[Tensor]) -> list[Tensor]:
+    """Incoming gradients."""
+    return [torch.linspace(-1, 1, result.numel()).view(result.shape).to(result.dtype) for result in results]
 
 
 DIFFERENTIABLE = [sample for sample in SAMPLES if sample.differentiable]
@@ -149,7 +166,7 @@ def test_first_and_second_derivatives(sample: Sample) -> None:
 def _gradients(sample: Sample, layout: Callable[[Tensor], Tensor], chosen: slice = slice(None)) -> list[Tensor]:
     function, leaves = with_gradients(sample)
     results = float_results(function(*leaves))[chosen]
-    grads = [layout(torch.linspace(-1, 1, result.numel()).view(result.shape).to(result.dtype)) for result in results]
+    grads = [layout(grad) for grad in ramps(results)]
     return list(torch.autograd.grad(results, leaves, grads, allow_unused=True, materialize_grads=True))
 
 
@@ -172,9 +189,43 @@ def test_gradients_do_not_depend_on_the_layout_of_the_incoming_one(sample: Sampl
 @over([sample for sample in DIFFERENTIABLE if sample.id.startswith(("mmm", "ints-smm"))])
 def test_gradients_of_one_result_of_several(sample: Sample) -> None:
     everything = _gradients(sample, contiguous)
-    parts = [_gradients(sample, contiguous, slice(index, index + 1)) for index in range(len(call(sample, sample.make())))]
+    parts = [
+        _gradients(sample, contiguous, slice(index, index + 1)) for index in range(len(call(sample, sample.make())))
+    ]
     for whole, *terms in zip(everything, *parts, strict=True):
         torch.testing.assert_close(sum(terms), whole)
+
+
+# --- half-precision gradients against float64 ------------------------------------------------------------------------
+
+HALVES = [sample for sample in DIFFERENTIABLE if tree_leaves(sample.make())[0].dtype in (torch.float16, torch.bfloat16)]
+
+
+def _expected_gradients(sample: Sample, leaves: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    if sample.op_name == "npu_moe_token_unpermute":  # its reference skips pairs by their values
+        (_, sorted_indices, _), _ = sample.make()
+        dpermuted, dprobs = reference.moe_token_unpermute_grad(leaves[0], *grads, sorted_indices, *leaves[1:])
+        return [dpermuted] if dprobs is None else [dpermuted, dprobs]
+    function, _ = with_gradients(sample, operator=REFERENCES[sample.op_name])
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    results = [result for result in function(*wide) if result.is_floating_point()]
+    # a group without rows leaves no trace in the loops of the reference
+    total = sum((result * grad.double()).sum() for result, grad in zip(results, grads, strict=True))
+    return list(torch.autograd.grad(total, wide, allow_unused=True, materialize_grads=True))
+
+
+@over(HALVES)
+def test_half_precision_gradients(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, leaves = with_gradients(sample)
+    results = float_results(function(*leaves))
+    gradients = torch.autograd.grad(results, leaves, ramps(results))
+    # the weight that is multiplied has been rounded to the dtype of x; from there on everything is exact
+    dequantise, dtype = reference.dequantise_weight, leaves[0].dtype
+    monkeypatch.setattr(reference, "dequantise_weight", lambda *args: dequantise(*args[:3], dtype))
+    expected = _expected_gradients(sample, [leaf.detach() for leaf in leaves], ramps(results))
+    for leaf, gradient, wanted in zip(leaves, gradients, expected, strict=True):
+        assert gradient.dtype == leaf.dtype
+        assert_close(gradient, wanted, reduction=sample.reduction)
 
 
 # --- registration and tracing ----------------------------------------------------------------------------------------
@@ -228,3 +279,86 @@ def test_tracing_with_dynamic_shapes(sample: Sample) -> None:
     calls = operator_calls(sample, with_grad=bool(sample.differentiable))
     for operator, args in calls if sample.with_rows else calls[:1]:
         torch.library.opcheck(operator, args, test_utils="test_aot_dispatch_dynamic")
+
+
+# --- compilation and export ------------------------------------------------------------------------------------------
+
+RESIZABLE = [sample for sample in SAMPLES if sample.with_rows]
+
+
+class Traced(torch.nn.Module):
+    """The operator as a function of its tensors alone: modes and dtypes are constants, as in code that uses it."""
+
+    def __init__(self, sample: Sample, named: dict[str, Any]) -> None:
+        super().__init__()
+        self.operator = getattr(ops, sample.op_name)
+        self.constants = {name: value for name, value in named.items() if not self.is_traced(value)}
+
+    @staticmethod
+    def is_traced(value: Any) -> bool:
+        return isinstance(value, Tensor) or (isinstance(value, list) and bool(value) and isinstance(value[0], Tensor))
+
+    def forward(self, tensors: dict[str, Any]) -> Any:
+        return self.operator(**tensors, **self.constants)
+
+
+def traced(sample: Sample, inputs: Inputs) -> tuple[Traced, dict[str, Any], list[Tensor]]:
+    """The module, its argument, and the tensors in it that require a gradient."""
+    named, leaves = bind(sample, inputs)
+    return Traced(sample, named), {name: value for name, value in named.items() if Traced.is_traced(value)}, leaves
+
+
+def forward_and_backward(function: Callable[..., Any], tensors: dict[str, Any], leaves: list[Tensor]) -> list[Tensor]:
+    results = tree_leaves(function(tensors))
+    floats = float_results(results)
+    if not floats:
+        return results
+    return [*results, *torch.autograd.grad(floats, leaves, ramps(floats))]
+
+
+def assert_same(compiled: list[Tensor], eager: list[Tensor]) -> None:
+    for actual, expected in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(actual, expected, check_stride=True)
+
+
+@over(RESIZABLE)
+def test_compiles_without_graph_breaks(sample: Sample) -> None:
+    torch._dynamo.reset()
+    module, *inputs = traced(sample, sample.make())
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert_same(forward_and_backward(compiled, *inputs), forward_and_backward(module, *inputs))
+
+
+@over(RESIZABLE)
+def test_one_graph_for_all_row_counts(sample: Sample) -> None:
+    assert sample.with_rows is not None
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    module, *_ = traced(sample, sample.with_rows(4))
+    compiled = torch.compile(module, fullgraph=True, backend=counter, dynamic=True)
+    counts = []
+    for num_rows in (4, 5, 7):
+        _, *inputs = traced(sample, sample.with_rows(num_rows))
+        assert_same(forward_and_backward(compiled, *inputs), forward_and_backward(module, *inputs))
+        counts.append(counter.frame_count)
+    # a float argument makes the backend start over once, within the first compilation
+    assert len(set(counts)) == 1
+
+
+def _dynamic_dims(small: Any, large: Any) -> Any:
+    """For `torch.export`: the dims that change with the number of rows."""
+    if isinstance(small, dict):
+        return {name: _dynamic_dims(value, large[name]) for name, value in small.items()}
+    if isinstance(small, list):
+        return [_dynamic_dims(a, b) for a, b in zip(small, large, strict=True)]
+    return {dim: Dim.AUTO for dim, (a, b) in enumerate(zip(small.shape, large.shape, strict=True)) if a != b}
+
+
+@over(RESIZABLE)
+def test_exports_with_dynamic_rows(sample: Sample) -> None:
+    assert sample.with_rows is not None
+    module, small, _ = traced(sample, sample.with_rows(4))
+    _, large, _ = traced(sample, sample.with_rows(7))
+    program = torch.export.export(module, (small,), dynamic_shapes=(_dynamic_dims(small, large),))
+    assert any(str(node.target).startswith("moe_npu.") for node in program.graph.nodes)
+    assert_same(tree_leaves(program.module()(large)), tree_leaves(module(large)))

@@ -32,6 +32,10 @@ class W4A16(QuantScheme):
     description: ClassVar[str] = "int4 weights in groups of input features, float activations"
     group_size: int = 128
 
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ValueError(f"group_size must be at least 2, but is {self.group_size}")
+
     @property
     def options(self) -> dict[str, Any]:
         """``group_size``."""

@@ -1,0 +1,84 @@
+"""Every example that a reader meets runs: README blocks, docstrings, and the scripts of examples/."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moe_npu
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+README = BLOCK.findall((ROOT / "README.md").read_text())
+PYTHON = [text for language, text in README if language == "python"]
+SHELL = [text for language, text in README if language == "bash"]
+MODULES = [info.name for info in pkgutil.walk_packages(moe_npu.__path__, "moe_npu.") if info.name != "moe_npu.cli"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_doctests(module: str) -> None:
+    torch.manual_seed(0)
+    result = doctest.testmod(importlib.import_module(module), extraglobs={"torch": torch})
+    assert result.failed == 0
+
+
+def test_there_are_doctests() -> None:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    found = [test for module in MODULES for test in finder.find(importlib.import_module(module)) if test.examples]
+    assert len(found) > 15
+
+
+def test_readme_has_only_blocks_that_are_tested() -> None:
+    assert {language for language, _ in README} == {"python", "bash"}
+    assert PYTHON
+    assert SHELL
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_block_of_readme(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(PYTHON[number], f"README.md block {number}", "exec"), {"__name__": "readme"})
+
+
+def test_shell_blocks_of_readme_name_commands_and_extras_that_exist() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    for line in "".join(SHELL).splitlines():
+        for extras in re.findall(r"\[([\w,]+)\]", line):
+            for extra in extras.split(","):
+                assert re.search(rf"^{extra} = \[", pyproject, re.MULTILINE), f"no extra {extra}"
+        for command in re.findall(r"moe-npu (\w+)", line):
+            result = subprocess.run([sys.executable, "-m", "moe_npu.cli", command, "--help"], capture_output=True)
+            assert result.returncode == 0, f"no command {command}"
+            for option in re.findall(r"(--[\w-]+)", line.split("moe-npu", 1)[1]):
+                assert option.encode() in result.stdout
+
+
+def test_quick_start_is_two_lines() -> None:
+    assert len(SHELL[0].strip().splitlines()) == 2
+
+
+def example_scripts() -> list[Path]:
+    return sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", example_scripts(), ids=lambda script: script.stem)
+def test_example(script: Path, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, cwd=tmp_path, timeout=300, env={**os.environ}
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+    assert not list(tmp_path.iterdir()), "examples leave nothing behind"
+
+
+def test_there_are_examples() -> None:
+    assert len(example_scripts()) >= 3
