@@ -31,7 +31,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for models, pictures and results; run again to resume.")] = Path(
         "demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 250,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 600,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and the batches.")] = 0,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, npu, npu:1, ...")] = "cpu",
 ) -> None:

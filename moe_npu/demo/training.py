@@ -18,8 +18,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from moe_npu.demo.corpus import VOCAB_SIZE, Corpus
 from moe_npu.demo.evaluation import bits_per_byte
 
-CHECKPOINT_EVERY = 50
-EVALUATE_EVERY = 50
+CHECKPOINT_EVERY = 100
+EVALUATE_EVERY = 100
 _STATE = "training.safetensors"
 _HISTORY = "training.json"
 
@@ -28,17 +28,17 @@ _HISTORY = "training.json"
 class Settings:
     """What a run is made of; a folder holds one run."""
 
-    steps: int = 300
+    steps: int = 600
     seed: int = 0
-    batch_size: int = 16
-    sequence_length: int = 256
+    batch_size: int = 8
+    sequence_length: int = 128
     hidden_size: int = 256
     num_layers: int = 4
     num_heads: int = 4
     num_experts: int = 16
     top_k: int = 4
     intermediate_size: int = 128
-    learning_rate: float = 3e-3
+    learning_rate: float = 1.5e-3
     aux_loss_coef: float = 0.01
 
     def model_config(self) -> Qwen3MoeConfig:

@@ -20,6 +20,7 @@ def register_op(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    is_lowered: bool = True,
 ) -> torch._ops.OpOverload:
     """Define ``moe_npu::<schema>`` with its CPU, NPU and fake kernels and, if given, its gradient.
 
@@ -31,6 +32,7 @@ def register_op(
         fake: allocates outputs of the right shape, dtype and strides.
         setup_context: saves for backward what ``backward`` needs.
         backward: gradient formula, written with differentiable operators.
+        is_lowered: whether graphs may be lowered to what ``npu`` calls; not where torch_npu has no shape function.
     """
     name = schema.split("(", 1)[0]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
@@ -41,7 +43,8 @@ def register_op(
     if backward is not None:
         torch.library.register_autograd(f"{_NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_lib)
     op: torch._ops.OpOverload = getattr(getattr(torch.ops, _NAMESPACE), name).default
-    _npu_lowerings[op] = npu
+    if is_lowered:
+        _npu_lowerings[op] = npu
     return op
 
 

@@ -84,6 +84,16 @@ def is_transposed(weight: torch.Tensor) -> bool:
     return bool(weight.stride(-2) == 1 and weight.stride(-1) == rows)  # not a symbolic one
 
 
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, with the strides of fresh memory.
+
+    A contiguous tensor may have any stride along an axis of size 1, and the device recognises a transposed view by
+    its strides alone.
+    """
+    tensor = tensor.contiguous()
+    return tensor.reshape(-1).view(tensor.shape) if 1 in tensor.shape else tensor
+
+
 def unpack_int4_weight(weight: torch.Tensor) -> torch.Tensor:
     """Int8 ``[..., K, N]`` of an int32-packed weight: packed along N, or along K if it is a transposed view."""
     if is_transposed(weight):

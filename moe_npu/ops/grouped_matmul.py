@@ -11,23 +11,23 @@ Integer products are exact, float products accumulate in float32, every result i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from moe_npu.ops import _grouped_matmul_rules as rules
 from moe_npu.ops._errors import reject, require
-from moe_npu.ops._groups import COUNTS, CUMSUM, Group, counts_from, row_groups, split_groups
+from moe_npu.ops._grouped_matmul_gradient import k_split_gradients, pair_gradients, row_gradients
+from moe_npu.ops._groups import CUMSUM, counts_from, row_groups, split_groups
 from moe_npu.ops._library import register_op
 from moe_npu.ops._numerics import (
+    dense,
     dequantize_weight,
     int_matmul,
-    is_transposed,
     matmul_into,
     unpack_int4_weight,
 )
-from moe_npu.ops.grouped_mm import grouped_mm, grouped_mm_gradients, grouped_mm_weight_grad
 
 _OP = rules.OP
 _Tensors = list[torch.Tensor]
@@ -36,19 +36,63 @@ _Tensors = list[torch.Tensor]
 _K_SPLIT = 2
 
 
-def _is_pairs(
-    x: Sequence[torch.Tensor],
-    weight: Sequence[torch.Tensor],
-    group_list: torch.Tensor | None,
-    group_sizes: Sequence[int] | None,
-) -> bool:
-    """Whether x[i] meets weight[i], rather than groups of the rows of one x meeting weights."""
-    has_groups = group_list is not None or group_sizes is not None
-    return len(x) == len(weight) and weight[0].dim() == 2 and not (len(x) == 1 and has_groups)
+class _Call(NamedTuple):
+    """The arguments of one call, checked; the order is that of the operator's schema."""
+
+    x: _Tensors
+    weight: _Tensors
+    bias: _Tensors | None
+    scale: _Tensors | None
+    antiquant_scale: _Tensors | None
+    antiquant_offset: _Tensors | None
+    per_token_scale: _Tensors | None
+    group_list: torch.Tensor | None
+    group_sizes: list[int] | None  # the cumulative sums of group_list where they are host integers
+    split_item: int
+    group_type: int
+    group_list_type: int
+    act_type: int
+    tuning_config: list[int] | None
+    output_dtype: torch.dtype | None
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether there is one result, not one per product."""
+        return self.split_item in (2, 3)
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether x[i] meets weight[i], rather than groups of the rows of one x meeting weights."""
+        has_groups = self.group_list is not None or self.group_sizes is not None
+        return len(self.x) == len(self.weight) and self.weight[0].dim() == 2 and not (len(self.x) == 1 and has_groups)
+
+    @property
+    def host_bounds(self) -> list[tuple[int, int]]:
+        """Start and end of each group of rows, from the host integers."""
+        assert self.group_sizes is not None
+        return list(zip([0, *self.group_sizes[:-1]], self.group_sizes, strict=True))
+
+    @property
+    def num_groups(self) -> int:
+        """Length of the group list on the device."""
+        assert self.group_list is not None
+        return self.group_list.size(0)
 
 
-def _result_dtype(x: Sequence[torch.Tensor], output_dtype: torch.dtype | None) -> torch.dtype:
-    return x[0].dtype if output_dtype is None else output_dtype
+def _allocate(call: _Call) -> _Tensors:
+    """The results, uninitialised (spec 1.9)."""
+    x = call.x
+    dtype = x[0].dtype if call.output_dtype is None else call.output_dtype
+    columns = [rules.logical_shape(tensor)[1] for tensor in call.weight]
+    if call.group_type == _K_SPLIT:
+        return [x[0].new_empty(call.num_groups, x[0].size(0), columns[0], dtype=dtype)]
+    if call.is_joint:
+        return [x[0].new_empty(sum(tensor.size(0) for tensor in x), columns[0], dtype=dtype)]
+    if call.is_pairs:
+        return [tensor.new_empty(*tensor.shape[:-1], n, dtype=dtype) for tensor, n in zip(x, columns, strict=True)]
+    return [
+        x[0].new_empty(end - start, n, dtype=dtype) for (start, end), n in zip(call.host_bounds, columns, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------- CPU
@@ -115,331 +159,189 @@ def _multiply(
         out.copy_(_activate(values, act_type))
 
 
-def _cpu(
-    x: _Tensors,
-    weight: _Tensors,
-    bias: _Tensors | None,
-    scale: _Tensors | None,
-    antiquant_scale: _Tensors | None,
-    antiquant_offset: _Tensors | None,
-    per_token_scale: _Tensors | None,
-    group_list: torch.Tensor | None,
-    group_sizes: list[int] | None,
-    split_item: int,
-    group_type: int,
-    group_list_type: int,
-    act_type: int,
-    tuning_config: list[int] | None,
-    output_dtype: torch.dtype | None,
-) -> _Tensors:
-    outputs = _allocate(x, weight, group_list, group_sizes, split_item, group_type, output_dtype)
-    if group_type == _K_SPLIT:
-        assert group_list is not None
+def _cpu(*arguments: Any) -> _Tensors:
+    call = _Call(*arguments)
+    x, outputs = call.x, _allocate(call)
+    if call.group_type == _K_SPLIT:
+        assert call.group_list is not None
         outputs[0].zero_()
-        for group, start, end in row_groups(_OP, group_list, group_list_type, x[0].size(1)):
-            matmul_into(outputs[0][group], x[0][:, start:end], weight[0][start:end])
+        for group, start, end in row_groups(_OP, call.group_list, call.group_list_type, x[0].size(1)):
+            matmul_into(outputs[0][group], x[0][:, start:end], call.weight[0][start:end])
         return outputs
-
-    single_weight = weight[0].dim() == 3
-
-    def of_group(tensors: _Tensors | None, index: int) -> torch.Tensor | None:
-        if tensors is None:
-            return None
-        return tensors[0][index] if single_weight else tensors[index]
-
-    def multiply(index: int, out: torch.Tensor, rows: torch.Tensor, row_scale: torch.Tensor | None) -> None:
-        group_weight = of_group(weight, index)
-        assert group_weight is not None
-        if rows.size(0) > 0 and out.size(1) > 0:
-            _multiply(
-                out,
-                rows,
-                group_weight,
-                of_group(bias, index),
-                of_group(scale, index),
-                of_group(antiquant_scale, index),
-                of_group(antiquant_offset, index),
-                row_scale,
-                act_type,
-            )
-
-    if _is_pairs(x, weight, group_list, group_sizes):
-        if group_list is not None:
-            _check_rows_match(x, group_list, group_list_type)
-        if len(outputs) > 1 or split_item in (0, 1):
-            targets = [y.view(-1, y.size(-1)) for y in outputs]
-        else:
+    if call.is_pairs:
+        targets = outputs
+        if call.is_joint:
+            _check_rows_match(call)
             targets = list(outputs[0].split([tensor.size(0) for tensor in x]))
-        for index, (target, rows) in enumerate(zip(targets, x, strict=True)):
-            multiply(index, target, rows.reshape(-1, rows.size(-1)), None)
+        for group, (target, rows) in enumerate(zip(targets, x, strict=True)):
+            _multiply_group(call, group, target.view(-1, target.size(-1)), rows.reshape(-1, rows.size(-1)), None)
         return outputs
-
-    (rows,) = x
-    groups = _groups_of(rows, group_list, group_sizes, group_list_type)
-    for index, start, end in groups:
-        target = outputs[index] if split_item in (0, 1) else outputs[0][start:end]
-        row_scale = None if per_token_scale is None else per_token_scale[0][start:end]
-        multiply(index, target, rows[start:end], row_scale)
-    if split_item in (2, 3):
+    if call.group_sizes is not None:
+        groups = split_groups(_OP, call.group_sizes, x[0].size(0))
+    else:
+        assert call.group_list is not None
+        groups = row_groups(_OP, call.group_list, call.group_list_type, x[0].size(0))
+    for group, start, end in groups:
+        target = outputs[0][start:end] if call.is_joint else outputs[group]
+        row_scale = None if call.per_token_scale is None else call.per_token_scale[0][start:end]
+        _multiply_group(call, group, target, x[0][start:end], row_scale)
+    if call.is_joint:
         outputs[0][groups[-1].end if groups else 0 :].zero_()
     return outputs
 
 
-def _groups_of(
-    rows: torch.Tensor, group_list: torch.Tensor | None, group_sizes: list[int] | None, group_list_type: int
-) -> list[Group]:
-    if group_list is not None:
-        return row_groups(_OP, group_list, group_list_type, rows.size(0))
-    assert group_sizes is not None
-    return split_groups(_OP, group_sizes, rows.size(0))
+def _multiply_group(
+    call: _Call, group: int, out: torch.Tensor, rows: torch.Tensor, row_scale: torch.Tensor | None
+) -> None:
+    if out.numel() == 0:
+        return
+    is_stacked = call.weight[0].dim() == 3
+    weight, bias, scale, antiquant_scale, antiquant_offset = (
+        None if tensors is None else tensors[0][group] if is_stacked else tensors[group] for tensors in call[1:6]
+    )
+    assert weight is not None
+    _multiply(out, rows, weight, bias, scale, antiquant_scale, antiquant_offset, row_scale, call.act_type)
 
 
-def _check_rows_match(x: _Tensors, group_list: torch.Tensor, group_list_type: int) -> None:
-    counts, sizes = counts_from(group_list, group_list_type).tolist(), [tensor.size(0) for tensor in x]
-    require(counts == sizes, f"{_OP}: group_list must describe the rows of x {sizes}, but its counts are {counts}")
-
-
-def _allocate(
-    x: _Tensors,
-    weight: _Tensors,
-    group_list: torch.Tensor | None,
-    group_sizes: list[int] | None,
-    split_item: int,
-    group_type: int,
-    output_dtype: torch.dtype | None,
-) -> _Tensors:
-    """The results, uninitialised (spec 1.9)."""
-    dtype = _result_dtype(x, output_dtype)
-    columns = [rules.logical_shape(tensor)[1] for tensor in weight]
-    if group_type == _K_SPLIT:
-        assert group_list is not None
-        return [x[0].new_empty(group_list.size(0), x[0].size(0), columns[0], dtype=dtype)]
-    if split_item in (2, 3):
-        num_rows = sum(tensor.size(0) for tensor in x)
-        return [x[0].new_empty(num_rows, columns[0], dtype=dtype)]
-    if _is_pairs(x, weight, group_list, group_sizes):
-        return [tensor.new_empty(*tensor.shape[:-1], n, dtype=dtype) for tensor, n in zip(x, columns, strict=True)]
-    assert group_sizes is not None
-    starts = [0, *group_sizes[:-1]]
-    return [
-        x[0].new_empty(end - start, n, dtype=dtype) for start, end, n in zip(starts, group_sizes, columns, strict=True)
-    ]
+def _check_rows_match(call: _Call) -> None:
+    """The device takes the rows from x and ignores the list; here it must be right."""
+    if call.group_list is not None:
+        counts = counts_from(call.group_list, call.group_list_type).tolist()
+        sizes = [tensor.size(0) for tensor in call.x]
+        if counts != sizes:
+            reject(f"{_OP}: group_list must describe the rows of x {sizes}, but its counts are {counts}")
 
 
 # ---------------------------------------------------------------- NPU and fake
 
 
-def _npu(
-    x: _Tensors,
-    weight: _Tensors,
-    bias: _Tensors | None,
-    scale: _Tensors | None,
-    antiquant_scale: _Tensors | None,
-    antiquant_offset: _Tensors | None,
-    per_token_scale: _Tensors | None,
-    group_list: torch.Tensor | None,
-    group_sizes: list[int] | None,
-    split_item: int,
-    group_type: int,
-    group_list_type: int,
-    act_type: int,
-    tuning_config: list[int] | None,
-    output_dtype: torch.dtype | None,
-) -> _Tensors:
+def _npu(*arguments: Any) -> _Tensors:
+    call = _Call(*arguments)
+    x, weight = call.x, call.weight
     if all(tensor.numel() == 0 for tensor in x):
-        outputs = _allocate(x, weight, group_list, group_sizes, split_item, group_type, output_dtype)
-        return [y.zero_() for y in outputs]
-    # the scales of a group axis are read as contiguous memory
-    tensors = {
-        "bias": bias,
-        "scale": scale,
-        "antiquant_scale": antiquant_scale,
-        "antiquant_offset": antiquant_offset,
-        "per_token_scale": per_token_scale,
-    }
+        return [y.zero_() for y in _allocate(call)]
     parameters: dict[str, Any] = {
-        name: None if values is None else [value.contiguous() for value in values] for name, values in tensors.items()
+        # read as contiguous memory
+        name: None if tensors is None else [tensor.contiguous() for tensor in tensors]
+        for name, tensors in zip(call._fields[2:7], call[2:7], strict=True)
     }
-    parameters["split_item"] = split_item
-    if group_sizes is not None:  # the overload with host integers has no modes
-        return torch.ops.npu.npu_grouped_matmul.List(
-            x, weight, group_list=group_sizes, output_dtype=output_dtype, **parameters
-        )
-    if group_list is not None and group_list.size(0) == 1:
-        group_list_type = CUMSUM  # a length-1 list of counts is refused; the values are the same
-    return torch.ops.npu.npu_grouped_matmul(
-        x,
-        weight,
-        group_list=group_list,
-        group_type=group_type,
-        group_list_type=group_list_type,
-        act_type=act_type,
-        tuning_config=tuning_config,
-        output_dtype=output_dtype,
-        **parameters,
+    parameters |= {
+        "act_type": call.act_type,
+        "tuning_config": call.tuning_config,
+        # None is the default; the shape function of torch_npu refuses an explicit int8
+        "output_dtype": None if call.output_dtype == x[0].dtype else call.output_dtype,
+    }
+    if call.group_type == _K_SPLIT:
+        parameters |= {"group_list": call.group_list, "group_list_type": _npu_list_type(call)}
+        return _npu_op([dense(x[0].t()).t()], weight, split_item=3, group_type=2, **parameters)
+    if call.group_list is not None and not call.is_pairs:
+        return _npu_rows(dense(x[0]), weight, call.group_list, _npu_list_type(call), parameters)
+    if not call.is_pairs:
+        # slices of the rows, each with its weight: the overload that takes host integers lacks float32 and int4, and
+        # its shape function refuses an output_dtype
+        x = [x[0][start:end] for start, end in call.host_bounds]
+    x = [dense(tensor) for tensor in x]
+    if weight[0].dtype == torch.int32:
+        # torch_npu allocates results of the packed width (or eight times the width) for pairs
+        results = [_npu_int4_pair(x, weight, index, parameters) for index in range(len(x))]
+        return [torch.cat(results)] if call.is_joint and len(results) > 1 else results
+    if call.is_joint and len(x) > 1:
+        return _npu_op(x, weight, split_item=3, group_type=0, **parameters)
+    return _npu_op(x, weight, split_item=0, group_type=-1, **parameters)
+
+
+def _npu_op(x: _Tensors, weight: _Tensors, **arguments: Any) -> _Tensors:
+    return torch.ops.npu.npu_grouped_matmul.default(x, weight, **arguments)
+
+
+def _npu_list_type(call: _Call) -> int:
+    # a length-1 list of counts is refused; the cumulative sum is the same
+    return CUMSUM if call.num_groups == 1 else call.group_list_type
+
+
+def _npu_rows(
+    x: torch.Tensor, weight: _Tensors, group_list: torch.Tensor, group_list_type: int, parameters: dict[str, Any]
+) -> _Tensors:
+    """The rows of one x in groups, one result."""
+    if len(weight) == 1 and weight[0].dim() == 2:  # a list of one is taken for the 3-D form
+        weight = [weight[0].unsqueeze(0)]
+        parameters = {
+            name: [values[0].unsqueeze(0)] if name in _PER_WEIGHT and values is not None else values
+            for name, values in parameters.items()
+        }
+    return _npu_op(
+        [x], weight, group_list=group_list, split_item=3, group_type=0, group_list_type=group_list_type, **parameters
     )
 
 
-def _fake(
-    x: _Tensors,
-    weight: _Tensors,
-    bias: _Tensors | None,
-    scale: _Tensors | None,
-    antiquant_scale: _Tensors | None,
-    antiquant_offset: _Tensors | None,
-    per_token_scale: _Tensors | None,
-    group_list: torch.Tensor | None,
-    group_sizes: list[int] | None,
-    split_item: int,
-    group_type: int,
-    group_list_type: int,
-    act_type: int,
-    tuning_config: list[int] | None,
-    output_dtype: torch.dtype | None,
-) -> _Tensors:
-    return _allocate(x, weight, group_list, group_sizes, split_item, group_type, output_dtype)
+_PER_WEIGHT = ("bias", "scale", "antiquant_scale", "antiquant_offset")
+
+
+def _npu_int4_pair(x: _Tensors, weight: _Tensors, index: int, parameters: dict[str, Any]) -> torch.Tensor:
+    rows = x[index].reshape(-1, x[index].size(-1))
+    if rows.size(0) == 0:
+        return rows.new_empty(*x[index].shape[:-1], rules.logical_shape(weight[index])[1])
+    own = {
+        name: [values[index]] if name in _PER_WEIGHT and values is not None else values
+        for name, values in parameters.items()
+    }
+    group_list = torch.full((1,), rows.size(0), dtype=torch.int64, device=rows.device)
+    (y,) = _npu_rows(rows, [weight[index]], group_list, CUMSUM, own)
+    return y.view(*x[index].shape[:-1], y.size(-1))
+
+
+def _fake(*arguments: Any) -> _Tensors:
+    return _allocate(_Call(*arguments))
 
 
 # ---------------------------------------------------------------- gradient
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -> None:
-    x, weight, bias, _, antiquant_scale, antiquant_offset, _, group_list, group_sizes = inputs[:9]
-    ctx.group_sizes, ctx.split_item, ctx.group_type, ctx.group_list_type = inputs[8:12]
-    ctx.has = [tensors is not None for tensors in inputs[:7]]
-    ctx.is_differentiable = x[0].is_floating_point()
-    ctx.bias_dtype = None if bias is None else bias[0].dtype
-    ctx.is_pairs = _is_pairs(x, weight, group_list, group_sizes)
-    ctx.num_x, ctx.num_weights = len(x), len(weight)
-    antiquant = [] if antiquant_scale is None else [*antiquant_scale, *antiquant_offset]
-    ctx.save_for_backward(group_list, *x, *weight, *antiquant)
+    call = _Call(*inputs)
+    antiquant = (
+        [*call.antiquant_scale, *call.antiquant_offset] if call.antiquant_scale and call.antiquant_offset else []
+    )
+    ctx.save_for_backward(call.group_list, *call.x, *call.weight, *antiquant)
+    ctx.lengths = [None if tensors is None else len(tensors) for tensors in call[:7]]
+    ctx.bias_dtype = None if call.bias is None else call.bias[0].dtype
+    ctx.group_type, ctx.group_list_type, ctx.group_sizes = call.group_type, call.group_list_type, call.group_sizes
+    ctx.bounds = None if call.group_sizes is None else call.host_bounds
+    ctx.is_pairs, ctx.is_joint = call.is_pairs, call.is_joint
 
 
 def _backward(ctx: Any, grads: _Tensors) -> tuple[Any, ...]:
     group_list, *saved = ctx.saved_tensors
-    x, weight, antiquant = (
-        saved[: ctx.num_x],
-        saved[ctx.num_x : ctx.num_x + ctx.num_weights],
-        saved[ctx.num_x + ctx.num_weights :],
-    )
+    num_x, num_weights = ctx.lengths[:2]
+    x, weight, antiquant = saved[:num_x], saved[num_x : num_x + num_weights], saved[num_x + num_weights :]
     if antiquant:
-        scales, offsets = antiquant[: ctx.num_weights], antiquant[ctx.num_weights :]
+        scales, offsets = antiquant[:num_weights], antiquant[num_weights:]
         weight = [_dequantize(*parts) for parts in zip(weight, scales, offsets, strict=True)]
-    needs_dx, needs_dweight = any(ctx.needs_input_grad[0]), any(ctx.needs_input_grad[1])
-    bias_dtype = ctx.bias_dtype if ctx.has[2] and any(ctx.needs_input_grad[2]) else None
-    grads = [grad.contiguous() for grad in grads]
-
-    if ctx.group_type == _K_SPLIT:
-        gradients = _k_split_gradients(ctx, x[0], weight[0], group_list, grads[0], needs_dx, needs_dweight)
-    elif ctx.is_pairs or ctx.split_item in (0, 1):
-        gradients = _pair_gradients(ctx, x, weight, grads, needs_dx, needs_dweight, bias_dtype)
-    else:
-        gradients = _row_gradients(ctx, x[0], weight, group_list, grads[0], needs_dx, needs_dweight, bias_dtype)
-
-    lengths = [ctx.num_x] + [ctx.num_weights if has else 0 for has in ctx.has[1:6]] + [1 if ctx.has[6] else 0]
-    # the structure that was passed: a list for each list, None for each None
-    filled = [
-        list(gradient) if gradient is not None else [None] * n for gradient, n in zip(gradients, lengths, strict=False)
-    ]
-    rest = [[None] * n for n in lengths[3:]]
-    lists = [values if has else None for values, has in zip([*filled, *rest], ctx.has, strict=True)]
-    return (*lists, *[None] * 8)
-
-
-_Gradients = tuple[Sequence[torch.Tensor] | None, Sequence[torch.Tensor] | None, Sequence[torch.Tensor] | None]
-
-
-def _k_split_gradients(
-    ctx: Any,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    group_list: torch.Tensor,
-    dy: torch.Tensor,
-    needs_dx: bool,
-    needs_dweight: bool,
-) -> _Gradients:
-    # y[g] = x[:, g] @ weight[g] is the weight gradient of a grouped_mm whose rows are the K axis here
-    counts = counts_from(group_list, ctx.group_list_type)
-    dx = [grouped_mm(weight, dy.mT, counts).t()] if needs_dx else None
-    dweight = [grouped_mm(x.t().contiguous(), dy, counts)] if needs_dweight else None
-    return dx, dweight, None
-
-
-def _row_gradients(
-    ctx: Any,
-    x: torch.Tensor,
-    weight: _Tensors,
-    group_list: torch.Tensor | None,
-    dy: torch.Tensor,
-    needs_dx: bool,
-    needs_dweight: bool,
-    bias_dtype: torch.dtype | None,
-) -> _Gradients:
-    if group_list is None:
-        group_list = torch.tensor(ctx.group_sizes, dtype=torch.int64, device=x.device)
-    counts = counts_from(group_list, ctx.group_list_type)
-    if weight[0].dim() == 3:
-        gradients = grouped_mm_gradients(x, weight[0], counts, dy, needs_dx, needs_dweight, bias_dtype)
-        dx, dweight, dbias = (None if gradient is None else [gradient] for gradient in gradients)
-        return dx, dweight, dbias
-    rows = None
-    if needs_dx:
-        rows = _times_transposed([dy], weight, counts)
-    weights = grouped_mm_weight_grad(x, dy, counts).unbind() if needs_dweight else None
-    biases = None
-    if bias_dtype is not None:
-        ones = dy.new_ones(dy.size(0), 1, dtype=bias_dtype)
-        biases = grouped_mm_weight_grad(ones, dy.to(bias_dtype), counts).squeeze(1).unbind()
-    return rows, weights, biases
-
-
-def _times_transposed(dy: _Tensors, weight: _Tensors, counts: torch.Tensor | None) -> _Tensors:
-    # a device wants all weights transposed or none: views with gaps among contiguous weights are copied
-    transposed = [(tensor if is_transposed(tensor) else tensor.contiguous()).mT for tensor in weight]
-    split_item, group_type = (0, -1) if counts is None else (3, 0)
-    return _op(  # type: ignore[no-any-return]
-        dy, transposed, *[None] * 5, counts, None, split_item, group_type, COUNTS, 0, None, None
+    needs_dx, needs_dweight, needs_dbias = (
+        isinstance(needs, list) and any(needs) for needs in ctx.needs_input_grad[:3]
     )
-
-
-def _pair_gradients(
-    ctx: Any,
-    x: _Tensors,
-    weight: _Tensors,
-    grads: _Tensors,
-    needs_dx: bool,
-    needs_dweight: bool,
-    bias_dtype: torch.dtype | None,
-) -> _Gradients:
-    rest = 0
-    if not ctx.is_pairs:  # one x, its rows cut by host integers
-        starts = [0, *ctx.group_sizes[:-1]]
-        sizes = [end - start for start, end in zip(starts, ctx.group_sizes, strict=True)]
-        rest = x[0].size(0) - ctx.group_sizes[-1]
-        rows = list(x[0][: ctx.group_sizes[-1]].split(sizes))
+    grads = [grad.contiguous() for grad in grads]
+    if ctx.group_type == _K_SPLIT:
+        counts = counts_from(group_list, ctx.group_list_type)
+        gradients = k_split_gradients(x[0], weight[0], counts, grads[0], needs_dx, needs_dweight)
+    elif ctx.is_pairs or not ctx.is_joint:
+        bounds = None if ctx.is_pairs else ctx.bounds
+        gradients = pair_gradients(
+            x, weight, grads, bounds, needs_dx, needs_dweight, ctx.bias_dtype if needs_dbias else None
+        )
     else:
-        rows = x
-    if len(grads) < len(rows):  # one joint result
-        grads = list(grads[0].split([tensor.size(0) for tensor in x]))
-    dx: Sequence[torch.Tensor] | None = None
-    if needs_dx:
-        dx = _times_transposed(grads, weight, None)
-        if not ctx.is_pairs:
-            dx = [torch.cat([*dx, x[0].new_zeros(rest, x[0].size(1))])]
-    pairs = [
-        (tensor.reshape(-1, tensor.size(-1)), grad.view(-1, grad.size(-1)))
-        for tensor, grad in zip(rows, grads, strict=True)
-    ]
-    dweight = dbias = None
-    if needs_dweight:
-        dweight = [
-            grouped_mm_weight_grad(a, b, torch.full((1,), a.size(0), dtype=torch.int64, device=a.device)).squeeze(0)
-            for a, b in pairs
-        ]
-    if bias_dtype is not None:
-        sum_dtype = torch.promote_types(bias_dtype, torch.float32)
-        dbias = [grad.sum(0, dtype=sum_dtype).to(bias_dtype) for _, grad in pairs]
-    return dx, dweight, dbias
+        if group_list is None:
+            group_list = torch.tensor(ctx.group_sizes, dtype=torch.int64, device=x[0].device)
+        counts = counts_from(group_list, ctx.group_list_type)
+        gradients = row_gradients(
+            x[0], weight, counts, grads[0], needs_dx, needs_dweight, ctx.bias_dtype if needs_dbias else None
+        )
+    # the structure that was passed: a list for each list, None for everything else
+    passed: list[Any] = [None if length is None else [None] * length for length in ctx.lengths]
+    for index, gradient in enumerate(gradients):
+        if gradient is not None:
+            passed[index] = list(gradient)
+    return (*passed, *[None] * (len(_Call._fields) - len(passed)))
 
 
 _op = register_op(
@@ -575,8 +477,8 @@ def npu_grouped_matmul(
         group_type = -1
     split_item, group_list_type, act_type = split_item or 0, group_list_type or 0, act_type or 0
     rules.check_modes(split_item, group_type, group_list_type, act_type)
-    if is_list_overload:
-        rules.check_list_overload(group_list, per_token_scale, group_type, group_list_type, act_type)  # type: ignore[arg-type]
+    if isinstance(group_list, (list, tuple)):
+        rules.check_list_overload(group_list, per_token_scale, group_type, group_list_type, act_type)
     for name, value in (
         ("offset", offset),
         ("activation_input", activation_input),

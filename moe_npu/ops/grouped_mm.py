@@ -17,7 +17,7 @@ import torch
 from moe_npu.ops._errors import dtype_name, reject, require, require_dim, require_dtype
 from moe_npu.ops._groups import COUNTS, CUMSUM, row_groups
 from moe_npu.ops._library import register_op
-from moe_npu.ops._numerics import is_transposed, matmul_into
+from moe_npu.ops._numerics import dense, is_transposed, matmul_into
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -56,7 +56,7 @@ def _npu(x: torch.Tensor, weight: torch.Tensor, expert_tokens: torch.Tensor, bia
     if bias is not None and x.dtype == torch.bfloat16:
         bias = bias.float()
     (y,) = torch.ops.npu.npu_grouped_matmul(
-        [x],
+        [dense(x)],  # a transposed view is refused
         [weight],
         bias=None if bias is None else [bias],
         group_list=expert_tokens,
@@ -132,8 +132,8 @@ def _weight_grad_npu(x: torch.Tensor, dy: torch.Tensor, expert_tokens: torch.Ten
     if x.size(0) == 0:
         return x.new_zeros(expert_tokens.size(0), x.size(1), dy.size(1))
     (dweight,) = torch.ops.npu.npu_grouped_matmul(
-        [x.contiguous().t()],
-        [dy.contiguous()],
+        [dense(x).t()],
+        [dense(dy)],
         group_list=expert_tokens,
         split_item=3,
         group_type=2,
@@ -188,7 +188,7 @@ def grouped_mm(
         weight: ``[E, K, N]``, dtype of x. A transposed view of ``[E, N, K]`` memory is read as it is, never copied,
             and its gradient comes back in the same layout.
         expert_tokens: ``[E]`` int64, number of rows of each expert.
-        bias: ``[E, N]``, dtype of x or float32.
+        bias: ``[E, N]``, dtype of x, or float32 for bfloat16 x.
 
     Returns:
         ``[R, N]``, dtype of x, accumulated in float32. Rows beyond the last group are zero on CPU and *undefined* on
@@ -215,7 +215,7 @@ def grouped_mm(
             f"{op}: x has {x.size(1)} columns but each expert's weight has {weight.size(1)} rows (weight is [E, K, N])"
         )
     if bias is not None:
-        require_dtype(op, "bias", bias, (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32))
+        require_dtype(op, "bias", bias, (x.dtype, torch.float32) if x.dtype == torch.bfloat16 else (x.dtype,))
         if bias.shape != (weight.size(0), weight.size(2)):
             reject(f"{op}: bias must have shape {(weight.size(0), weight.size(2))}, but has {tuple(bias.shape)}")
     return _op(x, weight, expert_tokens, bias)

@@ -157,6 +157,8 @@ def _unpermute_npu(
     padded_mode: bool,
     restore_shape: list[int] | None,
 ) -> torch.Tensor:
+    if permuted_tokens.size(0) == 0:  # no kernel takes an empty tensor
+        return _unpermute_fake(permuted_tokens, sorted_indices, probs, padded_mode, restore_shape).zero_()
     if sorted_indices.size(0) == 0:
         return _unpermute_fake(permuted_tokens, sorted_indices, probs, padded_mode, restore_shape)
     return torch.ops.npu.npu_moe_token_unpermute(permuted_tokens, sorted_indices, probs, padded_mode, restore_shape)
@@ -225,9 +227,15 @@ def _unpermute_grad_npu(
     num_rows: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if sorted_indices.size(0) == 0:
+    if sorted_indices.size(0) == 0 or num_rows == 0:
         dpermuted, dprobs = _unpermute_grad_fake(dout, sorted_indices, probs, permuted_tokens, num_rows, dtype)
-        return dpermuted.zero_(), dprobs
+        return dpermuted.zero_(), dprobs.zero_()
+    if probs is not None:
+        probs = probs.contiguous()  # the shape function of torch_npu repeats its strides
+    if permuted_tokens is None:
+        # never read, but only CANN 9.1 and later take None
+        is_same = dout.size(0) == num_rows and dout.dtype == dtype
+        permuted_tokens = dout if is_same else dout.new_empty(num_rows, dout.size(1), dtype=dtype)
     dpermuted, dprobs = torch.ops.npu.npu_moe_token_unpermute_grad_v2(
         dout, sorted_indices, num_rows, dtype, probs, False, None, permuted_tokens
     )

@@ -133,8 +133,13 @@ def _dynamic_quant_npu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if input.numel() == 0:
         return _dynamic_quant_fake(input, smooth_scales, group_index, dst_type, quant_mode)
+    # contiguous: the shape function of torch_npu repeats the strides of input, the kernel does not
     return torch.ops.npu.npu_dynamic_quant(
-        input, smooth_scales=smooth_scales, group_index=group_index, dst_type=dst_type, quant_mode=quant_mode
+        input.contiguous(),
+        smooth_scales=smooth_scales,
+        group_index=group_index,
+        dst_type=dst_type,
+        quant_mode=quant_mode,
     )
 
 
@@ -211,7 +216,9 @@ def _int4pack_cpu(weight: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
 
 
 def _int4pack_npu(weight: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
-    return torch.ops.npu.npu_convert_weight_to_int4pack(weight, inner_k_tiles)
+    # torch_npu packs the first matrix of a 3-D tensor only
+    packed = torch.ops.npu.npu_convert_weight_to_int4pack(weight.flatten(0, -2), inner_k_tiles)
+    return packed.view(*weight.shape[:-1], -1)
 
 
 def _int4pack_fake(weight: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
@@ -223,6 +230,7 @@ _int4pack_op = register_op(
     cpu=_int4pack_cpu,
     npu=_int4pack_npu,
     fake=_int4pack_fake,
+    is_lowered=False,
 )
 
 

@@ -75,7 +75,8 @@ def _backward_cpu(grad_output: torch.Tensor, input: torch.Tensor, dim: int) -> t
 
 
 def _backward_npu(grad_output: torch.Tensor, input: torch.Tensor, dim: int) -> torch.Tensor:
-    return torch.ops.npu.npu_swiglu_backward(grad_output, input, dim)
+    # contiguous: the shape function of torch_npu repeats the strides of input, the kernel does not
+    return torch.ops.npu.npu_swiglu_backward(grad_output.contiguous(), input.contiguous(), dim)
 
 
 def _backward_fake(grad_output: torch.Tensor, input: torch.Tensor, dim: int) -> torch.Tensor:

@@ -34,7 +34,7 @@ class Sample:
     differentiable: tuple[str, ...] = ()
     # the same call with some number of rows: these samples are compiled and exported with a dynamic number of rows
     with_rows: Callable[[int], Inputs] | None = None
-    # whether it differs from the samples before in what a compiler sees, not only in a dtype or a mode number
+    # whether it differs from other samples in what a compiler sees, rather than in a dtype, a mode or a number
     is_traced: bool = True
 
     @property
@@ -325,67 +325,90 @@ def _matmul_samples() -> list[Sample]:
 
     floats = ("float16", "bfloat16", "float32", "float64")
     integers = [row for row in ROWS if row not in floats]
+    compiled = ("int8-to-int8", "per-token-bfloat16-bias", "int8-weight-bfloat16", "int4-weight-bfloat16")
     lists = [row for row in ROWS if not ROWS[row].per_token_scale]  # per-token needs one x and one result
     return [
         # every scenario
         sample("sss-cumsum", "sss", "float32", bias=True, with_rows=True),
-        sample("sss-counts-split-3", "sss", "float32", group_list_type=1, split_item=3),
+        sample("sss-counts-split-3", "sss", "float32", group_list_type=1, split_item=3, traced=False),
         sample("sms", "sms", "float32", bias=True, with_rows=True),
-        sample("sms-counts", "sms", "float32", group_list_type=1),
+        sample("sms-counts", "sms", "float32", group_list_type=1, traced=False),
         sample("mms", "mms", "float32", bias=True),
-        sample("mms-counts", "mms", "float32", 2, 1, group_list_type=1),
-        sample("mms-without-group-list", "mms", "float32", group_list=None),
+        sample("mms-counts", "mms", "float32", 2, 1, group_list_type=1, traced=False),
+        sample("mms-without-group-list", "mms", "float32", group_list=None, traced=False),
         sample("mmm", "mmm", "float32", bias=True, k=3),
-        sample("mmm-split-1", "mmm", "float32", split_item=1),
+        sample("mmm-split-1", "mmm", "float32", split_item=1, traced=False),
         sample("mmm-rank-3", "mmm", "float32", 2, 1, k=2, n=3, rank=3, bias=True),
-        sample("mmm-rank-6", "mmm", "float32", 2, 1, k=2, n=3, rank=6),
+        sample("mmm-rank-6", "mmm", "float32", 2, 1, k=2, n=3, rank=6, traced=False),
         sample("k-split-counts", "k-split", "float32", k=3, n=5, with_rows=True),
-        sample("k-split-cumsum", "k-split", "float32", 1, 0, 3, k=3, group_list=int64([1, 1, 4]), group_list_type=0),
-        sample("ints-sms", "ints-sms", "float32", bias=True),
+        sample(
+            "k-split-cumsum",
+            "k-split",
+            "float32",
+            1,
+            0,
+            3,
+            k=3,
+            group_list=int64([1, 1, 4]),
+            group_list_type=0,
+            traced=False,
+        ),
+        sample("ints-sms", "ints-sms", "float32", bias=True, traced=False),
         sample("ints-smm", "ints-smm", "float32", bias=True),
-        sample("ints-smm-split-1", "ints-smm", "float32", split_item=1),
+        sample("ints-smm-split-1", "ints-smm", "float32", split_item=1, traced=False),
         sample("ints-mms", "ints-mms", "float32", bias=True, split_item=3),
         sample("ints-mmm", "ints-mmm", "float32", bias=True, group_list=[]),
-        sample("ints-mmm-rank-3", "ints-mmm", "float32", 2, 1, k=2, n=3, rank=3, group_list=()),
+        sample("ints-mmm-rank-3", "ints-mmm", "float32", 2, 1, k=2, n=3, rank=3, group_list=(), traced=False),
         # awkward sizes
         sample("one-expert", "sss", "float32", 4),
-        sample("one-expert-counts", "sss", "float32", 4, group_list_type=1),
-        sample("one-expert-2d-weight", "sms", "float32", 4),
-        sample("one-pair", "mms", "float32", 4, group_list=None),
-        sample("one-pair-no-grouping", "mmm", "float32", 4),
-        sample("all-rows-to-one-expert", "sss", "float32", 0, 5, 0),
+        sample("one-expert-counts", "sss", "float32", 4, group_list_type=1, traced=False),
+        sample("one-expert-2d-weight", "sms", "float32", 4, traced=False),
+        sample("one-pair", "mms", "float32", 4, group_list=None, traced=False),
+        sample("one-pair-no-grouping", "mmm", "float32", 4, traced=False),
+        sample("all-rows-to-one-expert", "sss", "float32", 0, 5, 0, traced=False),
         sample("no-rows", "sss", "float32", 0, 0, bias=True),
-        sample("no-rows-in-lists", "mms", "float32", 0, 0, bias=True),
+        sample("no-rows-in-lists", "mms", "float32", 0, 0, bias=True, traced=False),
         sample("no-rows-no-grouping", "mmm", "float32", 0, 0, bias=True),
         sample("ints-no-rows", "ints-smm", "float32", 0, 0),
         sample("no-rows-k-split", "k-split", "float32", 0, 0),
-        sample("uncovered-rows", "sss", "float32", 2, 1, rows=5),
-        sample("uncovered-rows-sms", "sms", "float32", 2, 1, rows=5),
+        sample("uncovered-rows", "sss", "float32", 2, 1, rows=5, traced=False),
+        sample("uncovered-rows-sms", "sms", "float32", 2, 1, rows=5, traced=False),
         sample("uncovered-rows-ints-smm", "ints-smm", "float32", 2, 1, rows=5, bias=True),
-        sample("uncovered-columns-k-split", "k-split", "float32", 2, 1, rows=5),
-        sample("nothing-covered", "sss", "float32", 0, 0, rows=2),
-        sample("odd-sizes", "sss", "float16", 3, 0, 4, k=7, n=5, bias=True),
+        sample("uncovered-columns-k-split", "k-split", "float32", 2, 1, rows=5, traced=False),
+        sample("nothing-covered", "sss", "float32", 0, 0, rows=2, traced=False),
+        sample("odd-sizes", "sss", "float16", 3, 0, 4, k=7, n=5, bias=True, traced=False),
         sample("one-row-one-column", "sss", "float32", 1, k=1, n=1),
         sample("zero-reduction", "sss", "float32", k=0, bias=True),
         sample("zero-columns", "sss", "float32", n=0),
         sample("float16-long-reduction", "sss", "float16", 1, 2, 3, 70, k=301),
-        sample("accumulators-long-reduction", "sss", "accumulators", 1, 3, k=2500, n=3),
+        sample("accumulators-long-reduction", "sss", "accumulators", 1, 3, k=2500, n=3, traced=False),
         # layouts
         sample("sss-transposed", "sss", "float32", 2, 1, layout=transposed, bias=True),
-        sample("sms-transposed", "sms", "float32", 2, 1, layout=transposed, k=3),
+        sample("sms-transposed", "sms", "float32", 2, 1, layout=transposed, k=3, traced=False),
         sample("mms-transposed", "mms", "float32", 2, 1, layout=transposed),
-        sample("mmm-transposed", "mmm", "float32", 2, 1, layout=transposed, k=3),
-        sample("ints-smm-transposed", "ints-smm", "float32", 2, 1, layout=transposed, k=3),
-        sample("sss-sliced", "sss", "float32", 2, 1, layout=sliced),
-        sample("mms-sliced", "mms", "float32", 2, 1, layout=sliced),
+        sample("mmm-transposed", "mmm", "float32", 2, 1, layout=transposed, k=3, traced=False),
+        sample("ints-smm-transposed", "ints-smm", "float32", 2, 1, layout=transposed, k=3, traced=False),
+        sample("sss-sliced", "sss", "float32", 2, 1, layout=sliced, traced=False),
+        sample("mms-sliced", "mms", "float32", 2, 1, layout=sliced, traced=False),
         sample("mms-mixed-layouts", "mms", "float32", 2, 1, layout=lambda w: sliced(w) if w.size(0) == 8 else w),
-        sample("mmm-mixed-layouts", "mmm", "float32", 2, 1, layout=lambda w: sliced(w) if w.size(0) == 8 else w),
-        sample("int8-transposed", "sss", "per-token-float16", 2, 1, layout=transposed, bias=True),
-        sample("int8-weight-transposed", "sss", "int8-weight-bfloat16", 2, 1, layout=transposed),
+        sample(
+            "mmm-mixed-layouts",
+            "mmm",
+            "float32",
+            2,
+            1,
+            layout=lambda w: sliced(w) if w.size(0) == 8 else w,
+            traced=False,
+        ),
+        sample("int8-transposed", "sss", "per-token-float16", 2, 1, layout=transposed, bias=True, traced=False),
+        sample("int8-weight-transposed", "sss", "int8-weight-bfloat16", 2, 1, layout=transposed, traced=False),
         # every row of the dtype table, where one weight is enough and in lists
-        *[sample(f"sss-{row}", "sss", row, bias=True) for row in floats if row != "float32"],
-        *[sample(f"k-split-{row}", "k-split", row) for row in floats if row != "float32"],
-        *[sample(f"sss-{row}", "sss", row, bias=True, with_rows=True) for row in integers],
+        *[sample(f"sss-{row}", "sss", row, bias=True, traced=False) for row in floats if row != "float32"],
+        *[sample(f"k-split-{row}", "k-split", row, traced=False) for row in floats if row != "float32"],
+        *[
+            sample(f"sss-{row}", "sss", row, bias=True, with_rows=row in compiled, traced=row in compiled)
+            for row in integers
+        ],
         *[sample(f"sms-{row}", "sms", row, traced=False) for row in integers],
         *[sample(f"mms-{row}", "mms", row, bias=True, traced=False) for row in lists if row != "float32"],
         *[sample(f"mmm-{row}", "mmm", row, 2, 1, rank=3, bias=True, traced=False) for row in lists if row != "float32"],
@@ -397,7 +420,7 @@ def _matmul_samples() -> list[Sample]:
         ],
         # int4: packed along N (the samples above) and along K, scales per column and per group of K
         *[
-            sample(f"{row}-{id}", scenario, row, bias=True, traced=row.endswith("bfloat16"), **options)
+            sample(f"{row}-{id}", scenario, row, bias=True, traced=False, **options)
             for row in ("int4-weight-float16", "int4-weight-bfloat16")
             for id, scenario, options in (
                 ("packed-along-k", "sss", {"k": 16, "n": 5, "layout": transposed}),
@@ -410,9 +433,17 @@ def _matmul_samples() -> list[Sample]:
                 ("one-word-along-n", "sss", {"k": 3, "n": 8}),
             )
         ],
-        sample("tuning-config", "sss", "accumulators", tuning_config=[4, 0]),
-        sample("output-dtype-as-number", "sss", "accumulators", output_dtype=3),
-        sample("empty-lists-are-none", "sss", "float32", scale=[], bias=False, per_token_scale=[torch.zeros(0)]),
+        sample("tuning-config", "sss", "accumulators", tuning_config=[4, 0], traced=False),
+        sample("output-dtype-as-number", "sss", "accumulators", output_dtype=3, traced=False),
+        sample(
+            "empty-lists-are-none",
+            "sss",
+            "float32",
+            scale=[],
+            bias=False,
+            per_token_scale=[torch.zeros(0)],
+            traced=False,
+        ),
     ]
 
 
@@ -444,15 +475,15 @@ def _swiglu_samples() -> list[Sample]:
         "bfloat16": ((5, 18), {"dtype": BF16}),
         "float64": ((2, 4), {"dtype": F64}),
     }
-    samples = []
+    samples, traced = [], ("last-dim", "no-rows", "transposed", "channels-last")
     for id, (shape, options) in shapes.items():
         rows = (lambda num_rows: inputs(num_rows, 6)) if id == "last-dim" else None
         grad_rows = (lambda num_rows: backward_inputs(num_rows, 6)) if id == "last-dim" else None
         make = lambda shape=shape, options=options: inputs(*shape, **options)  # noqa: E731
         make_backward = lambda shape=shape, options=options: backward_inputs(*shape, **options)  # noqa: E731
         samples += [
-            Sample("npu_swiglu", id, make, 1, ("input",), rows),
-            Sample("npu_swiglu_backward", id, make_backward, 4, ("grad_output", "input"), grad_rows),
+            Sample("npu_swiglu", id, make, 1, ("input",), rows, id in traced),
+            Sample("npu_swiglu_backward", id, make_backward, 4, ("grad_output", "input"), grad_rows, id in traced),
         ]
     return samples
 
