@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 from transformers.utils import logging as transformers_logging
@@ -23,7 +24,7 @@ from moe_npu.demo.plots import plot_expert_load, plot_loss
 from moe_npu.demo.training import Settings, Trainer
 from moe_npu.quant import get_scheme, quantize_checkpoint
 
-PROMPT = '    def __init__(self, name, value=None):\n        """'
+PROMPT = "    def __init__(self, name, value=None):\n"
 _SETTINGS = "settings.json"
 _SCHEMES = ("w8a8", "w4a16")
 
@@ -120,17 +121,16 @@ def _train(settings: Settings, corpus: Corpus, windows: torch.Tensor, out: Path,
     total = sum(parameter.numel() for parameter in model.parameters())
     console.print(
         f"Model: Qwen3-MoE, {settings.num_layers} layers, {settings.num_experts} experts, top-{settings.top_k}, "
-        f"{total / 1e6:.1f} M parameters, experts_implementation={model.config._experts_implementation!r}, on {device}"
+        f"{total / 1e6:.1f} M parameters, experts_implementation={model.config._experts_implementation!r}, on {device}",
+        soft_wrap=True,
     )
     if trainer.step:
         console.print(f"Resuming after step {trainer.step}")
     tokens_per_step = settings.batch_size * settings.sequence_length
     with Progress(
         TextColumn("Training"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed}/{task.total}"),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
+        BarColumn(bar_width=16),
+        TextColumn("{task.completed}/{task.total}, {task.fields[figures]}"),
         TimeRemainingColumn(),
         console=console,
     ) as progress:
@@ -138,14 +138,14 @@ def _train(settings: Settings, corpus: Corpus, windows: torch.Tensor, out: Path,
 
         def on_step(state: Trainer) -> None:
             history = state.history
-            speed = state.step * tokens_per_step / history.seconds
-            figures = f"{history.train[-1]:.3f} bits/byte, balance {history.balance[-1]:.2f}, {speed:,.0f} tokens/s"
-            progress.update(task, completed=state.step, figures=figures)
+            bits = history.train[-1]
+            speed = f"{state.step * tokens_per_step / history.seconds:,.0f} tokens/s"
+            progress.update(task, completed=state.step, figures=f"{bits:.2f} bits/byte, {speed}")
             if state.step in history.held_out:
-                loss = history.train[-1] * 0.6931471805599453
                 progress.console.print(
-                    f"step {state.step:5d}  loss {loss:.3f}  {history.train[-1]:.3f} bits/byte  "
-                    f"held out {history.held_out[state.step]:.3f} bits/byte  {speed:,.0f} tokens/s"
+                    f"step {state.step}: loss {bits * math.log(2):.3f}, {bits:.3f} bits/byte, held out "
+                    f"{history.held_out[state.step]:.3f}, load balance {history.balance[-1]:.2f}, {speed}",
+                    soft_wrap=True,
                 )
 
         trainer.train(on_step)
@@ -167,7 +167,8 @@ def _quantize(src: Path, dst: Path, scheme: str, console: Console) -> None:
     snr = ", ".join(f"{value:.1f}" for value in report.snr_db.values())
     console.print(
         f"Quantized {report.num_quantized} expert weights to {scheme}: {report.bytes_before / 1e6:.1f} MB -> "
-        f"{report.bytes_after / 1e6:.1f} MB, SNR per layer {snr} dB"
+        f"{report.bytes_after / 1e6:.1f} MB, SNR per layer {snr} dB",
+        soft_wrap=True,
     )
 
 
@@ -179,7 +180,7 @@ def _evaluate(name: str, folder: Path, windows: torch.Tensor, device: str, num_t
 def _print_results(results: list[Evaluation], console: Console) -> None:
     for result in results:
         console.rule(f"{result.scheme} continues", align="left")
-        console.print(PROMPT + result.text, markup=False, highlight=False)
+        console.print(PROMPT + result.text, markup=False, highlight=False, soft_wrap=True)
     console.rule()
     table = Table(title="Held-out text and generation")
     table.add_column("scheme")

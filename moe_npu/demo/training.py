@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from moe_npu.demo.corpus import VOCAB_SIZE, Corpus
 from moe_npu.demo.evaluation import bits_per_byte
@@ -55,7 +56,7 @@ class Settings:
             num_experts=self.num_experts,
             num_experts_per_tok=self.top_k,
             norm_topk_prob=True,
-            router_aux_loss_coef=self.aux_loss_coef,
+            router_aux_loss_coef=0.0,  # the trainer balances each layer by itself
             max_position_embeddings=4 * self.sequence_length,
             tie_word_embeddings=True,
             bos_token_id=None,
@@ -112,6 +113,16 @@ class Trainer:
         progress = (step - warmup) / max(1, self.settings.steps - warmup)
         return self.settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
 
+    def balance_loss(self, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Mean over the layers of each layer's load-balancing loss (Switch Transformer, eq. 4), top-k if all is even.
+
+        The loss that the model itself would add takes all layers together, where an expert that is idle in one layer
+        makes up for one that is overloaded in another.
+        """
+        settings = self.settings
+        losses = [load_balancing_loss_func((logits,), settings.num_experts, settings.top_k) for logits in router_logits]
+        return torch.stack(losses).mean()
+
     def train(self, on_step: Callable[[Trainer], None]) -> None:
         """Run the remaining steps; ``on_step`` is called after each."""
         settings = self.settings
@@ -124,13 +135,13 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step)
             output = self.model(input_ids=ids, labels=ids, output_router_logits=True)
+            balance = self.balance_loss(output.router_logits)
             self.optimizer.zero_grad(set_to_none=True)
-            output.loss.backward()
+            (output.loss + settings.aux_loss_coef * balance).backward()
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
             self.optimizer.step()
-            balance = output.aux_loss.item()
-            self.history.train.append((output.loss.item() - settings.aux_loss_coef * balance) / math.log(2))
-            self.history.balance.append(balance / settings.top_k)
+            self.history.train.append(output.loss.item() / math.log(2))
+            self.history.balance.append(balance.item() / settings.top_k)
             self.history.seconds = time.perf_counter() - start
             is_last = self.step == settings.steps
             if is_last or self.step % EVALUATE_EVERY == 0:
