@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from moe_npu import cli
 from tests.quant.test_convert import qwen
 
 
-def moe_npu(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moe_npu.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "120"},
-    )
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def moe_npu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """The command in this process, as a shell would see it."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments: object, cwd: Path | None = None) -> Result:
+        monkeypatch.setattr(sys, "argv", ["moe-npu", *map(str, arguments)])
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return Result(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+def test_installed_command() -> None:
+    result = subprocess.run([Path(sys.executable).with_name("moe-npu"), "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "quantize" in result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +51,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_help_lists_the_commands() -> None:
+def test_help_lists_the_commands(moe_npu: Callable[..., Result]) -> None:
     result = moe_npu("--help")
     assert result.returncode == 0
     for command in ("demo", "quantize", "inspect"):
@@ -46,14 +66,14 @@ def test_help_lists_the_commands() -> None:
         ("inspect", ["SRC", "experts"]),
     ],
 )
-def test_help_of_a_command_says_what_it_takes(command: str, words: list[str]) -> None:
+def test_help_of_a_command_says_what_it_takes(moe_npu: Callable[..., Result], command: str, words: list[str]) -> None:
     result = moe_npu(command, "--help")
     assert result.returncode == 0
     for word in words:
         assert word in " ".join(result.stdout.split())
 
 
-def test_quantize_then_inspect(source: Path, tmp_path: Path) -> None:
+def test_quantize_then_inspect(moe_npu: Callable[..., Result], source: Path, tmp_path: Path) -> None:
     result = moe_npu("quantize", source, tmp_path / "w4a16", "--scheme", "w4a16", "--group-size", 32)
     assert result.returncode == 0, result.stderr
     assert "24 tensors quantized, 21 copied" in result.stdout
@@ -81,7 +101,7 @@ def test_quantize_then_inspect(source: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(
-    source: Path, tmp_path: Path, arguments: list[str], message: str
+    moe_npu: Callable[..., Result], source: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     result = moe_npu(*[argument.format(source=source) for argument in arguments], cwd=tmp_path)
     assert result.returncode == 2

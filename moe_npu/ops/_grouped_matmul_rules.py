@@ -79,7 +79,7 @@ def check_tensors(name: str, tensors: object) -> None:
 
 def optional_tensors(name: str, tensors: _Tensors | None) -> list[torch.Tensor] | None:
     """``tensors`` as a list; None, an empty list and a list of one empty 1-D tensor all mean None."""
-    if tensors is None or len(tensors) == 0:
+    if tensors is None or (isinstance(tensors, (list, tuple)) and len(tensors) == 0):
         return None
     check_tensors(name, tensors)
     if len(tensors) == 1 and tensors[0].dim() == 1 and tensors[0].size(0) == 0:

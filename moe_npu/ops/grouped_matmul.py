@@ -509,6 +509,8 @@ def npu_grouped_matmul(
             ("per_token_scale", per_token_scale),
         )
     }
+    if per_token_scale and x[0].size(0) == 0:
+        lists["per_token_scale"] = list(per_token_scale)  # no rows, hence an empty scale: given all the same
     row = rules.check_dtypes(x, weight, **lists, output_dtype=output_dtype, act_type=act_type)
     if row.y == torch.int32:
         lists["scale"] = None  # the device ignores it here

@@ -215,7 +215,11 @@ def grouped_mm(
             f"{op}: x has {x.size(1)} columns but each expert's weight has {weight.size(1)} rows (weight is [E, K, N])"
         )
     if bias is not None:
-        require_dtype(op, "bias", bias, (x.dtype, torch.float32) if x.dtype == torch.bfloat16 else (x.dtype,))
+        require(
+            bias.dtype == x.dtype or (bias.dtype == torch.float32 and x.dtype == torch.bfloat16),
+            f"{op}: bias must have the dtype of x, {dtype_name(x.dtype)}, or be float32 for bfloat16 x, "
+            f"but has {dtype_name(bias.dtype)}",
+        )
         if bias.shape != (weight.size(0), weight.size(2)):
             reject(f"{op}: bias must have shape {(weight.size(0), weight.size(2))}, but has {tuple(bias.shape)}")
     return _op(x, weight, expert_tokens, bias)

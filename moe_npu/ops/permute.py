@@ -19,6 +19,7 @@ from moe_npu.ops._library import register_op
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_PAIRS = 2**24
+_MAX_ID = 2**24 - 1
 _MAX_TOP_K = 512
 
 
@@ -53,8 +54,9 @@ def _num_rows(num_pairs: int, num_out_tokens: int | None) -> int:
 def _permute_cpu(
     tokens: torch.Tensor, indices: torch.Tensor, num_out_tokens: int | None, padded_mode: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if indices.numel() and int(indices.min()) < 0:
-        reject(f"npu_moe_token_permute: indices must be expert ids of at least 0, but has {int(indices.min())}")
+    low, high = (int(bound) for bound in indices.aminmax()) if indices.numel() else (0, 0)
+    if low < 0 or high >= _MAX_ID:
+        reject(f"npu_moe_token_permute: indices must be expert ids of 0 to 2**24 - 2, but are {low} to {high}")
     pairs = indices.reshape(-1)
     top_k = 1 if indices.dim() == 1 else indices.size(1)
     order = torch.argsort(pairs, stable=True)

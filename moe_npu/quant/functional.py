@@ -31,7 +31,7 @@ def quantize(
         ValueError: NaN or infinite weights, unknown ``bits``, or a ``group_size`` that does not divide K.
 
     Example:
-        >>> codes, scale = quantize(torch.tensor([[0.5, -1.0, 0.25, 0.0]]), bits=4, scale_dtype=torch.float32)
+        >>> codes, scale = quantize(torch.tensor([[0.6, -1.0, 0.25, 0.0]]), bits=4, scale_dtype=torch.float32)
         >>> codes, scale
         (tensor([[ 4, -7,  2,  0]], dtype=torch.int8), tensor([[0.1429]]))
     """

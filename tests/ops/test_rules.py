@@ -32,12 +32,9 @@ def ints(*values: int) -> torch.Tensor:
 
 
 def matmul(*call: str, x: Any = None, weight: Any = None, **changes: Any) -> Callable[[], Any]:
-    """A legal call (scenario and dtype row, float32 with one stacked weight if not given) with some arguments changed."""
+    """A legal call (scenario and dtype row; float32 with one stacked weight if not given), some arguments changed."""
     scenario, row = call or ("sss", "float32")
-    options = {name: changes.pop(name) for name in ("counts", "bias_given", "k", "layout") if name in changes}
-    args, kwargs = matmul_inputs(
-        scenario, row, options.pop("counts", (2, 3)), bias=options.pop("bias_given", False), **options
-    )
+    args, kwargs = matmul_inputs(scenario, row, (2, 3), k=changes.pop("k", 8))
     return lambda: ops.npu_grouped_matmul(
         args[0] if x is None else x, args[1] if weight is None else weight, **{**kwargs, **changes}
     )
@@ -236,7 +233,6 @@ MATMUL_RULES: list[Rule] = [
         matmul(
             *W4,
             k=24,
-            layout=lambda w: w,
             weight=[zeros(2, 16, 3, dtype=I32).mT],
             antiquant_scale=[zeros(2, 8, 16, dtype=F16)],
             antiquant_offset=[zeros(2, 8, 16, dtype=F16)],
@@ -349,9 +345,9 @@ OTHER_RULES: list[Rule] = [
     (
         "mm-bias-dtype",
         grouped_mm(bias=zeros(2, 4, dtype=F16)),
-        "bias must have dtype float32, float32, but has float16",
+        "bias must have the dtype of x, float32, or be float32 for bfloat16 x, but has",
     ),
-    ("mm-float64-bias", grouped_mm(bias=zeros(2, 4, dtype=F64)), "bias must have dtype"),
+    ("mm-float64-bias", grouped_mm(bias=zeros(2, 4, dtype=F64)), "but has float64"),
     ("mm-bias-shape", grouped_mm(bias=zeros(4)), "bias must have shape (2, 4), but has (4,)"),
     ("mm-negative-count", grouped_mm(expert_tokens=int64([-1, 3])), "should be larger than or equal to 0"),
     ("mm-beyond-rows", grouped_mm(expert_tokens=int64([3, 3])), "group_list covers 6 rows but there are only 5"),
@@ -387,7 +383,12 @@ OTHER_RULES: list[Rule] = [
         "indices must have fewer than 2**24 elements, but has 16777216",
     ),
     ("permute-padded", permute(padded_mode=True), "padded_mode must be False; no device has the padded form"),
-    ("permute-negative-id", permute(indices=int64([[0, 1], [2, -1], [0, 0]])), "expert ids of at least 0, but has -1"),
+    (
+        "permute-negative-id",
+        permute(indices=int64([[0, 1], [2, -1], [0, 0]])),
+        "expert ids of 0 to 2**24 - 2, but are -1",
+    ),
+    ("permute-large-id", permute(indices=int64([[0, 1], [2, 2**24 - 1], [0, 0]])), "but are 0 to 16777215"),
     ("unpermute-3d", unpermute(permuted_tokens=zeros(1, 6, 4)), "permuted_tokens must have 2 dimensions"),
     ("unpermute-integers", unpermute(permuted_tokens=zeros(6, 4, dtype=I8)), "permuted_tokens must have dtype float16"),
     ("unpermute-2d-ids", unpermute(sorted_indices=zeros(3, 2, dtype=I32)), "sorted_indices must have 1 dimensions"),
@@ -458,8 +459,8 @@ def test_a_broken_rule_is_refused_in_words(call: Callable[[], Any], message: str
 
 
 def test_the_calls_are_legal_without_the_change() -> None:
-    for call in (matmul, grouped_mm, weight_grad, permute, unpermute, quant):
-        call()()
+    for legal in (matmul, grouped_mm, weight_grad, permute, unpermute, quant):
+        legal()()
     for scenario in (PAIRS, LISTS, K_SPLIT, INTS, W4, PER_TOKEN, ("ints-sms", "float32"), ("ints-mms", "float32")):
         matmul(*scenario)()
     scale = [scale_words(torch.ones(2, 16), torch.zeros(2, 16))]
