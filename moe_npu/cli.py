@@ -84,10 +84,10 @@ def quantize(
             on_progress=lambda done, total, _: progress.update(task, completed=done, total=total),
         )
     table = Table(title=f"{src} -> {dst}, {report.scheme}")
-    table.add_column("layer", justify="right")
+    table.add_column("layer")
     table.add_column("SNR of expert weights [dB]", justify="right")
     for layer, snr in report.snr_db.items():
-        table.add_row("-" if layer < 0 else str(layer), f"{snr:.2f}")
+        table.add_row(layer or "-", f"{snr:.2f}")
     console.print(table)
     console.print(
         f"{report.num_quantized} tensors quantized, {report.num_copied} copied; "
@@ -117,7 +117,7 @@ def inspect(
         ("size", "right"),
         ("share", "right"),
     ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in summary.rows:
         table.add_row(
             row.kind,

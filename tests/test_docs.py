@@ -17,6 +17,7 @@ import typer
 
 import moe_npu
 from moe_npu import cli
+from tests.quant.test_convert import qwen
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -62,6 +63,20 @@ def test_shell_blocks_of_readme_name_commands_and_extras_that_exist() -> None:
             assert command in COMMANDS, f"no command {command}"
             options = {option for parameter in COMMANDS[command].params for option in parameter.opts}
             assert options.issuperset(re.findall(r"(--[\w-]+)", line.split("moe-npu", 1)[1]))
+
+
+def test_the_commands_of_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """inspect and quantize as they stand there, on a small checkpoint at the path that they name."""
+    monkeypatch.chdir(tmp_path)
+    qwen().to(torch.bfloat16).save_pretrained("path/to/Qwen3-30B-A3B")
+    lines = [line for line in "".join(SHELL).splitlines() if re.match(r"moe-npu (inspect|quantize)", line)]
+    assert len(lines) == 2
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", line.split())
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+    assert Path("path/to/Qwen3-30B-A3B-w8a8/model.safetensors").is_file()
 
 
 def test_quick_start_is_two_lines() -> None:

@@ -54,8 +54,8 @@ def expert_load(model: Any, windows: torch.Tensor, *, batch_size: int = 16) -> t
         router_logits = model(input_ids=ids, output_router_logits=True).router_logits
         chosen = [logits.topk(model.config.num_experts_per_tok).indices.flatten() for logits in router_logits]
         counts.append(torch.stack([ids.bincount(minlength=model.config.num_experts) for ids in chosen]))
-    load = torch.stack(counts).sum(0).double()
-    return (load / load.mean(-1, keepdim=True)).cpu()
+    load = torch.stack(counts).sum(0).cpu().double()
+    return load / load.mean(-1, keepdim=True)
 
 
 @torch.inference_mode()

@@ -88,11 +88,11 @@ def run_demo(
 def _check_device(device: str) -> None:
     try:
         kind = torch.device(device).type
-    except RuntimeError:
-        raise ValueError(f"there is no device {device!r}; choose cpu, npu or another torch device") from None
+    except RuntimeError:  # torch knows "npu" only once torch_npu is there
+        kind = device.split(":")[0]
     if kind != "cpu" and not (hasattr(torch, kind) and getattr(torch, kind).is_available()):
         hint = "; install torch_npu with pip install 'moe-npu[npu]'" if kind == "npu" else ""
-        raise ValueError(f"there is no {kind} device here{hint}")
+        raise ValueError(f"there is no device {device!r} here{hint}")
 
 
 def _claim(out: Path, settings: Settings) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -19,6 +20,15 @@ _FOLLOWERS = {
     "transformers.integrations.moe": "moe_npu.layers.hf",
     "transformers.quantizers.auto": "moe_npu.layers.hf_quantizer",
 }
+
+
+def _import_follower(follower: str) -> None:
+    """Import our module; where this transformers is too old for it, warn and leave transformers as it is."""
+    try:
+        importlib.import_module(follower)
+    except ImportError as error:
+        message = f"experts_implementation='moe_npu' is not available: moe_npu needs transformers>=5.23 ({error})"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 class _FollowingLoader(Loader):
@@ -35,7 +45,7 @@ class _FollowingLoader(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader  # inspect and pickle see the regular one
         self._loader.exec_module(module)
-        importlib.import_module(self._follower)
+        _import_follower(self._follower)
 
 
 class _FollowingFinder(MetaPathFinder):
@@ -61,4 +71,4 @@ def register_with_transformers() -> None:
     sys.meta_path.insert(0, _FollowingFinder())
     for module, follower in _FOLLOWERS.items():
         if module in sys.modules:
-            importlib.import_module(follower)
+            _import_follower(follower)

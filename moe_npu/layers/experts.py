@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from moe_npu import ops
+from moe_npu.layers._precision import grouped_linear
 from moe_npu.layers.activations import GatedActivation, get_activation
 
 
@@ -71,14 +71,11 @@ class GroupedExperts(nn.Module):
             expert_tokens: ``[E]`` int64, rows of each expert.
 
         Returns:
-            ``[R, H]``.
+            ``[R, H]``, dtype of the weights, or that of autocast where it is on.
         """
-        gate_up = ops.grouped_mm(
-            hidden_states, self.gate_up_proj.mT, expert_tokens, bias=self.gate_up_proj_bias
-        )  # [R, 2I]
-        return ops.grouped_mm(
-            self.activation(gate_up), self.down_proj.mT, expert_tokens, bias=self.down_proj_bias
-        )  # [R, H]
+        gate_up = grouped_linear(hidden_states, self.gate_up_proj.mT, expert_tokens, self.gate_up_proj_bias)  # [R, 2I]
+        rows = self.activation(gate_up)  # [R, I]
+        return grouped_linear(rows, self.down_proj.mT, expert_tokens, self.down_proj_bias)  # [R, H]
 
     def extra_repr(self) -> str:
         """The sizes."""

@@ -15,6 +15,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from moe_npu import ops
+from moe_npu.layers._precision import grouped_linear, half_precision
 from moe_npu.layers.dispatch import LocalDispatcher
 from moe_npu.layers.quantized_experts import quantized_weight
 
@@ -38,7 +39,8 @@ def moe_npu_experts_forward(
         top_k_weights: ``[T, K]``, of any float dtype.
 
     Returns:
-        ``[T, H]``, dtype of ``hidden_states``. The K results of a token are summed in float32.
+        ``[T, H]``, dtype of ``hidden_states``. The K results of a token are summed in float32. Quantized experts of a
+        float32 model compute in bfloat16.
     """
     dispatcher = LocalDispatcher(self.num_experts, has_absent_experts=self._is_expert_parallel)
     dispatched = dispatcher.dispatch(hidden_states, top_k_index, top_k_weights)
@@ -70,15 +72,11 @@ def _linear(experts: Any, name: str, rows: torch.Tensor, expert_tokens: torch.Te
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
     scheme = getattr(experts, SCHEME_ATTRIBUTE, None)
     if scheme is not None:
-        return scheme.grouped_mm(rows, quantized_weight(experts, name), expert_tokens, bias=bias)
+        return scheme.grouped_mm(half_precision(rows), quantized_weight(experts, name), expert_tokens, bias=bias)
     weight = getattr(experts, name)
-    # as a linear layer under autocast; elsewhere rows follow the weight, as norms may compute in float32
-    device_type = rows.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
-    weight = weight.to(dtype)
-    if bias is not None:
-        bias = bias.to(dtype)
-    return ops.grouped_mm(rows.to(dtype), weight if experts.is_transposed else weight.mT, expert_tokens, bias=bias)
+    # rows follow the weight, as norms may compute in float32
+    rows, weight = rows.to(weight.dtype), weight if experts.is_transposed else weight.mT
+    return grouped_linear(rows, weight, expert_tokens, bias)
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, moe_npu_experts_forward)

@@ -8,6 +8,7 @@ per-expert tensors into them, and ``moe_npu_experts_forward`` multiplies by them
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_npu.layers import hf
 from moe_npu.layers.quantized_experts import set_quantized_weight
+from moe_npu.quant.checkpoint import Checkpoint
 from moe_npu.quant.formats import native
 
 
@@ -54,6 +56,9 @@ class MoeNpuHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         scheme = self.quantization_config.scheme
+        folders = {Path(file).parent for file in kwargs.get("checkpoint_files") or ()}
+        if len(folders) == 1:
+            native.check_tensors(Checkpoint(folders.pop()).tensors, scheme)
         found = False
         for module in model.modules():
             if not hasattr(module, "_apply_gate") or not hasattr(module, "is_transposed"):
@@ -67,6 +72,15 @@ class MoeNpuHfQuantizer(HfQuantizer):
         if not found:
             raise ValueError(f"{type(model).__name__} has no experts that transformers lets us replace")
         model.set_experts_implementation(hf.NAME)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        scheme = self.quantization_config.scheme
+        for module in model.modules():
+            if hasattr(module, hf.SCHEME_ATTRIBUTE):
+                module.requires_grad_(False)  # the loader makes float parameters trainable, scales too
+        if not scheme.passes_gradient:
+            model.requires_grad_(False)
         return model
 
     def is_serializable(self) -> bool:

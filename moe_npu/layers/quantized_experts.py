@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from moe_npu.layers._precision import half_precision
 from moe_npu.layers.activations import GatedActivation, get_activation
 from moe_npu.layers.experts import GroupedExperts
 from moe_npu.quant import QuantizedWeight, QuantScheme
@@ -76,18 +77,17 @@ class QuantizedExperts(nn.Module):
         """Apply each expert to its rows.
 
         Args:
-            hidden_states: ``[R, H]``, rows sorted by expert, bfloat16 or float16.
+            hidden_states: ``[R, H]``, rows sorted by expert. float32 rows are computed in bfloat16.
             expert_tokens: ``[E]`` int64, rows of each expert.
 
         Returns:
             ``[R, H]``, dtype of ``hidden_states``.
         """
-        gate_up = self.scheme.grouped_mm(
-            hidden_states, quantized_weight(self, "gate_up_proj"), expert_tokens
-        )  # [R, 2I]
-        return self.scheme.grouped_mm(
-            self.activation(gate_up), quantized_weight(self, "down_proj"), expert_tokens
-        )  # [R, H]
+        rows = half_precision(hidden_states)  # [R, H]
+        gate_up = self.scheme.grouped_mm(rows, quantized_weight(self, "gate_up_proj"), expert_tokens)  # [R, 2I]
+        rows = self.activation(gate_up)  # [R, I]
+        rows = self.scheme.grouped_mm(rows, quantized_weight(self, "down_proj"), expert_tokens)  # [R, H]
+        return rows.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         """The sizes and the scheme."""

@@ -48,6 +48,33 @@ def require_dtype(op: str, argument: str, tensor: torch.Tensor, allowed: Sequenc
     reject(f"{op}: {argument} must have dtype {names}, but has {dtype_name(tensor.dtype)} on {tensor.device.type}")
 
 
+def require_device(op: str, argument: str, tensor: torch.Tensor | None, x: torch.Tensor) -> None:
+    """Raise unless ``tensor`` is None or on the device of ``x``: a kernel would read whatever is at its address."""
+    if tensor is not None and tensor.device != x.device:
+        reject(f"{op}: {argument} must be on {x.device} like the first argument, but is on {tensor.device}")
+
+
+# torch_npu takes and passes dtypes as PyTorch's scalar type numbers too (spec: grouped matmul 0.10)
+_DTYPE_CODES = {
+    1: torch.int8,
+    3: torch.int32,
+    5: torch.float16,
+    6: torch.float32,
+    7: torch.float64,
+    15: torch.bfloat16,
+    16: torch.quint4x2,
+}
+
+
+def as_dtype(op: str, argument: str, value: torch.dtype | int | None) -> torch.dtype | None:
+    """The dtype that ``value`` names: a dtype, PyTorch's number of it, or None."""
+    if value is None or isinstance(value, torch.dtype):
+        return value
+    if isinstance(value, bool) or value not in _DTYPE_CODES:
+        reject(f"{op}: {argument} must be a dtype or the number of one, but is {value!r}")
+    return _DTYPE_CODES[value]
+
+
 def require_dim(op: str, argument: str, tensor: torch.Tensor, allowed: Sequence[int]) -> None:
     """Raise unless the rank of ``tensor`` is one of ``allowed``."""
     if tensor.dim() not in allowed:

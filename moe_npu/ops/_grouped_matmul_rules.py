@@ -248,12 +248,15 @@ def _first_dtype(tensors: _Tensors | None) -> torch.dtype | None:
     return None if tensors is None else tensors[0].dtype
 
 
-def logical_shape(weight: torch.Tensor) -> tuple[int, int]:
-    """``(K, N)`` of a weight, counting int4 values, not the int32 words that hold them."""
+def logical_shape(weight: torch.Tensor, k: int) -> tuple[int, int]:
+    """``(K, N)`` of a weight, counting int4 values, not the int32 words that hold them.
+
+    Strides tell along which axis it is packed, but for a single word only ``k``, the columns of x, does.
+    """
     rows, columns = weight.shape[-2:]
     if weight.dtype != _I32:
         return rows, columns
-    if is_transposed(weight):
+    if is_transposed(weight) or (rows == columns == 1 and k == INT4_PER_WORD):
         return rows * INT4_PER_WORD, columns
     return rows, columns * INT4_PER_WORD
 
@@ -393,7 +396,7 @@ def check_shapes(
     split_item: int,
 ) -> None:
     """Raise unless sizes agree: K of x and weight, N where one result is asked for, and every parameter."""
-    sizes = [logical_shape(tensor) for tensor in weight]
+    sizes = [logical_shape(tensor, x[index if len(x) > 1 else 0].size(-1)) for index, tensor in enumerate(weight)]
     if group_type != 2:
         transposed = {is_transposed(tensor) for tensor in weight if 1 not in tensor.shape[-2:]}
         require(len(transposed) <= 1, f"{OP}: all weights must be transposed views, or none")

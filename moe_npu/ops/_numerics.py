@@ -94,11 +94,11 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(tensor.shape) if 1 in tensor.shape else tensor
 
 
-def unpack_int4_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Int8 ``[..., K, N]`` of an int32-packed weight: packed along N, or along K if it is a transposed view."""
-    if is_transposed(weight):
-        return unpack_int4(weight.mT).mT
-    return unpack_int4(weight)
+def unpack_int4_weight(weight: torch.Tensor, columns: int) -> torch.Tensor:
+    """Int8 ``[..., K, N]`` of an int32-packed weight of N ``columns``: packed along N, or else along K."""
+    if weight.size(-1) * INT4_PER_WORD == columns:
+        return unpack_int4(weight)
+    return unpack_int4(weight.mT).mT
 
 
 def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

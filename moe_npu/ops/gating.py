@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moe_npu.ops._errors import reject, require, require_dim, require_dtype
+from moe_npu.ops._errors import reject, require, require_device, require_dim, require_dtype
 from moe_npu.ops._library import register_op
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -15,6 +15,7 @@ _Gated = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def _check(x: torch.Tensor, finished: torch.Tensor | None, k: int) -> None:
     op = "npu_moe_gating_top_k_softmax"
+    require_device(op, "finished", finished, x)
     require_dim(op, "x", x, (2, 3))
     require_dtype(op, "x", x, _FLOATS)
     if not 0 <= k <= x.size(-1):

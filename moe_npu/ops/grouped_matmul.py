@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_npu.ops import _grouped_matmul_rules as rules
-from moe_npu.ops._errors import reject, require
+from moe_npu.ops._errors import as_dtype, reject, require
 from moe_npu.ops._grouped_matmul_gradient import k_split_gradients, pair_gradients, row_gradients
 from moe_npu.ops._groups import CUMSUM, counts_from, row_groups, split_groups
 from moe_npu.ops._library import register_op
@@ -83,7 +83,10 @@ def _allocate(call: _Call) -> _Tensors:
     """The results, uninitialised (spec 1.9)."""
     x = call.x
     dtype = x[0].dtype if call.output_dtype is None else call.output_dtype
-    columns = [rules.logical_shape(tensor)[1] for tensor in call.weight]
+    columns = [
+        rules.logical_shape(tensor, x[index if len(x) > 1 else 0].size(-1))[1]
+        for index, tensor in enumerate(call.weight)
+    ]
     if call.group_type == _K_SPLIT:
         return [x[0].new_empty(call.num_groups, x[0].size(0), columns[0], dtype=dtype)]
     if call.is_joint:
@@ -123,7 +126,9 @@ def _dequantize(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor)
     """Float ``[..., K, N]`` of int8 or packed int4 weights and parameters ``[..., N]`` or ``[..., G, N]``."""
     if not rules.is_per_group(scale, weight):
         scale, offset = scale.unsqueeze(-2), offset.unsqueeze(-2)
-    return dequantize_weight(weight if weight.dtype == torch.int8 else unpack_int4_weight(weight), scale, offset)
+    return dequantize_weight(
+        weight if weight.dtype == torch.int8 else unpack_int4_weight(weight, scale.size(-1)), scale, offset
+    )
 
 
 def _multiply(
@@ -280,7 +285,7 @@ _PER_WEIGHT = ("bias", "scale", "antiquant_scale", "antiquant_offset")
 def _npu_int4_pair(x: _Tensors, weight: _Tensors, index: int, parameters: dict[str, Any]) -> torch.Tensor:
     rows = x[index].reshape(-1, x[index].size(-1))
     if rows.size(0) == 0:
-        return rows.new_empty(*x[index].shape[:-1], rules.logical_shape(weight[index])[1])
+        return rows.new_empty(*x[index].shape[:-1], rules.logical_shape(weight[index], rows.size(1))[1])
     own = {
         name: [values[index]] if name in _PER_WEIGHT and values is not None else values
         for name, values in parameters.items()
@@ -355,9 +360,6 @@ _op = register_op(
     setup_context=_setup_context,
     backward=_backward,
 )
-
-# torch_npu passes dtypes as PyTorch's scalar type numbers (spec 0.10)
-_DTYPE_CODES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 6: torch.float32, 7: torch.float64, 15: torch.bfloat16}
 
 
 def npu_grouped_matmul(
@@ -495,9 +497,7 @@ def npu_grouped_matmul(
         require(code is None, f"{_OP}: {name} must be None, but is {code}; only later devices reinterpret dtypes")
     if tuning_config and tuning_config[0] < 0:
         reject(f"{_OP}: tuning_config[0] must not be negative, but is {tuning_config[0]}")
-    if isinstance(output_dtype, int):
-        require(output_dtype in _DTYPE_CODES, f"{_OP}: output_dtype {output_dtype} is not the number of a known dtype")
-        output_dtype = _DTYPE_CODES[output_dtype]
+    output_dtype = as_dtype(_OP, "output_dtype", output_dtype)
 
     lists = {
         name: rules.optional_tensors(name, tensors)

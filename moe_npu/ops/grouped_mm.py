@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moe_npu.ops._errors import dtype_name, reject, require, require_dim, require_dtype
+from moe_npu.ops._errors import dtype_name, reject, require, require_device, require_dim, require_dtype
 from moe_npu.ops._groups import COUNTS, CUMSUM, row_groups
 from moe_npu.ops._library import register_op
 from moe_npu.ops._numerics import dense, is_transposed, matmul_into
@@ -206,6 +206,7 @@ def grouped_mm(
                 [11., 11.]])
     """
     op = "grouped_mm"
+    require_device(op, "bias", bias, x)
     _check(op, x, weight, expert_tokens, "weight")
     require_dim(op, "weight", weight, (3,))
     if weight.size(0) != expert_tokens.size(0):

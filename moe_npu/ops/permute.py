@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moe_npu.ops._errors import reject, require, require_dim, require_dtype
+from moe_npu.ops._errors import reject, require, require_device, require_dim, require_dtype
 from moe_npu.ops._library import register_op
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -28,6 +28,7 @@ _MAX_TOP_K = 512
 
 def _check_permute(tokens: torch.Tensor, indices: torch.Tensor, padded_mode: bool) -> None:
     op = "npu_moe_token_permute"
+    require_device(op, "indices", indices, tokens)
     require_dim(op, "tokens", tokens, (2,))
     require_dtype(op, "tokens", tokens, _FLOATS)
     require_dim(op, "indices", indices, (1, 2))
@@ -101,6 +102,8 @@ def _check_unpermute(
     permuted_tokens: torch.Tensor, sorted_indices: torch.Tensor, probs: torch.Tensor | None, padded_mode: bool
 ) -> None:
     op = "npu_moe_token_unpermute"
+    require_device(op, "sorted_indices", sorted_indices, permuted_tokens)
+    require_device(op, "probs", probs, permuted_tokens)
     require_dim(op, "permuted_tokens", permuted_tokens, (2,))
     require_dtype(op, "permuted_tokens", permuted_tokens, _FLOATS)
     require_dim(op, "sorted_indices", sorted_indices, (1,))

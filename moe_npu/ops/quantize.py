@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_npu.ops._errors import dtype_name, reject, require, require_dtype
+from moe_npu.ops._errors import as_dtype, dtype_name, reject, require, require_device, require_dtype
 from moe_npu.ops._groups import CUMSUM, row_groups
 from moe_npu.ops._library import register_op
 from moe_npu.ops._numerics import INT4_PER_WORD, pack_int4
@@ -29,6 +29,8 @@ def _check_dynamic_quant(
     dst_type_max: float,
 ) -> None:
     op = "npu_dynamic_quant"
+    require_device(op, "smooth_scales", smooth_scales, input)
+    require_device(op, "group_index", group_index, input)
     if input.dtype not in _HALVES:
         reject(f"{op}: input must have dtype float16, bfloat16, but has {dtype_name(input.dtype)}")
     require(
@@ -176,7 +178,7 @@ def npu_dynamic_quant(
     *,
     smooth_scales: torch.Tensor | None = None,
     group_index: torch.Tensor | None = None,
-    dst_type: torch.dtype | None = None,
+    dst_type: torch.dtype | int | None = None,
     quant_mode: str = "pertoken",
     dst_type_max: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,7 +207,7 @@ def npu_dynamic_quant(
         >>> npu_dynamic_quant(torch.tensor([[1.0, -2.0, 3.0, 4.0]], dtype=torch.bfloat16))
         (tensor([[ 32, -64,  95, 127]], dtype=torch.int8), tensor([0.0315]))
     """
-    dst_type = dst_type or torch.int8
+    dst_type = as_dtype("npu_dynamic_quant", "dst_type", dst_type) or torch.int8
     _check_dynamic_quant(input, smooth_scales, group_index, dst_type, quant_mode, dst_type_max)
     smooth = None if smooth_scales is None else smooth_scales.detach()
     return _dynamic_quant_op(input.detach(), smooth, group_index, dst_type, quant_mode)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moe_npu.ops._errors import reject, require, require_dtype
+from moe_npu.ops._errors import reject, require, require_device, require_dtype
 from moe_npu.ops._library import register_op
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -160,6 +160,7 @@ def npu_swiglu_backward(grad_output: torch.Tensor, input: torch.Tensor, dim: int
         tensor([2.7830, 0.7311])
     """
     op = "npu_swiglu_backward"
+    require_device(op, "grad_output", grad_output, input)
     _check(op, input, dim)
     expected = list(input.shape)
     expected[dim] //= 2

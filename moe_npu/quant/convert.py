@@ -19,16 +19,15 @@ from pathlib import Path
 import torch
 
 from moe_npu.quant import schemes as _schemes  # noqa: F401 - fills the registry
-from moe_npu.quant.checkpoint import INDEX, WEIGHTS, Checkpoint, SafetensorsWriter, TensorInfo
+from moe_npu.quant.checkpoint import WEIGHTS, Checkpoint, SafetensorsWriter, TensorInfo, num_bytes
 from moe_npu.quant.formats import native
 from moe_npu.quant.scheme import QuantizedWeight, QuantScheme
 
-_EXPERT_WEIGHT = re.compile(r"(^|\.)experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
 _EXPERT_TENSOR = re.compile(r"(^|\.)experts\.")
-_LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"^(.*?\blayers\.\d+)\.")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # carried over beside the weights; never a pickle
-_CARRIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
+_CARRIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".py")
 
 
 @dataclass
@@ -59,7 +58,8 @@ class QuantReport:
         num_copied: tensors that were copied as they are.
         bytes_before: size of all tensors of the source.
         bytes_after: size of all tensors written.
-        snr_db: per layer, ``10 log10(sum w^2 / sum (w - restored)^2)`` over its expert weights.
+        snr_db: per layer, by the prefix of its tensors' names, ``10 log10(sum w^2 / sum (w - restored)^2)`` over the
+            weights of its experts.
     """
 
     scheme: str
@@ -67,7 +67,7 @@ class QuantReport:
     num_copied: int
     bytes_before: int
     bytes_after: int
-    snr_db: dict[int, float] = field(default_factory=dict)
+    snr_db: dict[str, float] = field(default_factory=dict)
 
 
 def expert_weights(checkpoint: Checkpoint) -> list[TensorInfo]:
@@ -79,7 +79,7 @@ def expert_weights(checkpoint: Checkpoint) -> list[TensorInfo]:
     """
     weights, left = [], []
     for info in checkpoint.tensors.values():
-        if _EXPERT_WEIGHT.search(info.name) and len(info.shape) == 2 and info.dtype in _FLOATS:
+        if native.EXPERT_WEIGHT.search(info.name) and len(info.shape) == 2 and info.dtype in _FLOATS:
             weights.append(info)
         elif _EXPERT_TENSOR.search(info.name):
             left.append(info)
@@ -122,12 +122,14 @@ def quantize_checkpoint(
         ValueError: ``src`` is quantized already, has no experts or experts that would be left unquantized, holds
             weights that are not finite, or shapes that the scheme cannot store.
     """
-    dst = Path(dst)
+    dst = Path(os.path.abspath(dst))  # noqa: PTH100 - "new/.." names an existing folder and must be seen as that
     if dst.exists() or dst.is_symlink():
         raise FileExistsError(f"{dst} exists already; choose another destination or remove it first")
     checkpoint = Checkpoint(src)
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"]
+    if checkpoint.folder.resolve() in dst.resolve().parents:
+        raise ValueError(f"{dst} lies inside the source {checkpoint.folder}; choose a destination beside it")
+    method = checkpoint.config.get("quantization_config")
+    if method is not None:
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise ValueError(
             f"{checkpoint.folder} is quantized already (quant_method {method!r}); quantize the float model"
@@ -152,8 +154,8 @@ def quantize_checkpoint(
         num_quantized=len(quantized),
         num_copied=len(checkpoint.tensors) - len(quantized),
         bytes_before=checkpoint.num_bytes,
-        bytes_after=(dst / WEIGHTS).stat().st_size,
-        snr_db={layer: power.snr_db for layer, power in sorted(powers.items())},
+        bytes_after=sum(num_bytes(dtype, shape) for _, dtype, shape in layout),
+        snr_db={layer: power.snr_db for layer, power in powers.items()},
     )
 
 
@@ -186,8 +188,8 @@ def _write_weights(
     layout: _Layout,
     path: Path,
     on_progress: Callable[[int, int, str], None] | None,
-) -> dict[int, _Power]:
-    powers: dict[int, _Power] = {}
+) -> dict[str, _Power]:
+    powers: dict[str, _Power] = {}
     done = 0
     with path.open("wb") as file:
         writer = SafetensorsWriter(file, layout)
@@ -201,7 +203,7 @@ def _write_weights(
                 writer.write(info.name, parts.weight)
                 writer.write(info.name + native.SCALE_SUFFIX, parts.scale)
                 layer = _LAYER.search(info.name)
-                powers.setdefault(int(layer.group(2)) if layer else -1, _Power()).add(tensor, scheme.dequantize(parts))
+                powers.setdefault(layer.group(1) if layer else "", _Power()).add(tensor, scheme.dequantize(parts))
             else:
                 writer.write(info.name, tensor)
             done += info.num_bytes
@@ -214,7 +216,8 @@ def _write_weights(
 
 
 def _carry_over(src: Path, dst: Path) -> None:
-    """Copy tokenizer, generation settings and the like; never weights, their index, or a pickle."""
+    """Copy tokenizer, generation settings, model code and the like; never weights, their index, or a pickle."""
     for file in sorted(src.iterdir()):
-        if file.is_file() and file.suffix in _CARRIED_SUFFIXES and file.name not in ("config.json", INDEX):
+        is_ours = file.name == "config.json" or file.name.endswith(".index.json")
+        if file.is_file() and file.suffix in _CARRIED_SUFFIXES and not is_ours:
             shutil.copyfile(file, dst / file.name)

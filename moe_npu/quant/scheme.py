@@ -7,6 +7,7 @@ the tests enumerate the registry, so a new scheme is one new file in ``schemes/`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -25,10 +26,11 @@ class QuantizedWeight(NamedTuple):
 
 
 class QuantScheme(ABC):
-    """How weights are stored and multiplied. Immutable; two schemes with equal options are interchangeable."""
+    """How weights are stored and multiplied: a frozen dataclass whose fields are the options of the scheme."""
 
     name: ClassVar[str]
     description: ClassVar[str]
+    passes_gradient: ClassVar[bool]  # whether the rows that are multiplied get one
 
     @property
     @abstractmethod
@@ -91,7 +93,7 @@ def register_scheme(scheme: _Scheme) -> _Scheme:
     return scheme
 
 
-def get_scheme(name: str, **options: Any) -> QuantScheme:
+def get_scheme(name: str, /, **options: Any) -> QuantScheme:
     """The scheme called ``name``.
 
     Args:
@@ -107,10 +109,12 @@ def get_scheme(name: str, **options: Any) -> QuantScheme:
     """
     if name not in _SCHEMES:
         raise ValueError(f"there is no quantization scheme {name!r}; choose one of {', '.join(scheme_names())}")
-    try:
-        return _SCHEMES[name](**options)
-    except TypeError as error:
-        raise ValueError(f"quantization scheme {name!r} does not take these options: {error}") from None
+    known = {field.name for field in fields(_SCHEMES[name])}  # type: ignore[arg-type]
+    unknown = sorted(set(options) - known)
+    if unknown:
+        takes = ", ".join(sorted(known)) or "none"
+        raise ValueError(f"quantization scheme {name} does not take the option {unknown[0]}; it takes {takes}")
+    return _SCHEMES[name](**options)
 
 
 def scheme_names() -> tuple[str, ...]:

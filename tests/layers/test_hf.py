@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,12 +223,38 @@ def test_the_hook_leaves_the_module_as_a_regular_import_does() -> None:
     assert run(code) == "SourceFileLoader SourceFileLoader True"
 
 
+def test_an_old_transformers_is_left_as_it_is(tmp_path: Path) -> None:
+    """Whoever uses our operators only must not lose a transformers that our integration does not know."""
+    package = tmp_path / "transformers" / "integrations"
+    package.mkdir(parents=True)
+    (tmp_path / "transformers" / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "moe.py").write_text("usable = True")
+    code = (
+        f"import sys, warnings; sys.path.insert(0, {str(tmp_path)!r}); import moe_npu\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always'); import transformers.integrations.moe as m\n"
+        "print(m.usable, [str(w.message)[:49] for w in caught])"
+    )
+    assert run(code) == "True [\"experts_implementation='moe_npu' is not available\"]"
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = FAMILIES["qwen3_moe"]().train()
+    model.set_experts_implementation("moe_npu")
+    ids = torch.randint(0, 96, (2, 9))
+    expected = loss_and_grads(model, ids)[1]
+    model.activation_checkpointing_enable()
+    for name, grad in loss_and_grads(model, ids)[1].items():
+        torch.testing.assert_close(grad, expected[name])
+
+
 def test_an_unknown_implementation_is_still_refused() -> None:
     with pytest.raises(ValueError, match="moe_npu"):
         FAMILIES["mixtral"]().set_experts_implementation("moe-npu")
 
 
-def test_quantizing_at_load_is_refused(tmp_path) -> None:
+def test_quantizing_at_load_is_refused(tmp_path: Path) -> None:
     from moe_npu.layers.hf_quantizer import MoeNpuQuantizationConfig
 
     FAMILIES["qwen3_moe"]().save_pretrained(tmp_path)

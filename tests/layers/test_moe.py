@@ -236,10 +236,31 @@ class TestQuantizedExperts:
             experts(x, torch.tensor([1, 1]))
 
     @pytest.mark.parametrize("scheme", moe_npu.quant.scheme_names())
-    def test_float32_rows_are_refused(self, scheme: str) -> None:
+    def test_float32_rows_are_computed_in_bfloat16(self, scheme: str) -> None:
         experts = moe_npu.QuantizedExperts.from_float(moe_npu.GroupedExperts(2, 16, 8), moe_npu.get_scheme(scheme))
-        with torch.no_grad(), pytest.raises(ValueError, match=r"load the model in torch\.bfloat16"):
-            experts(torch.randn(2, 16), torch.tensor([1, 1]))
+        x, expert_tokens = torch.randn(2, 16), torch.tensor([1, 1])
+        with torch.no_grad():
+            y = experts(x, expert_tokens)
+            assert y.dtype == torch.float32
+            assert torch.equal(y, experts(x.bfloat16(), expert_tokens).float())
+
+    @pytest.mark.parametrize("scheme", moe_npu.quant.scheme_names())
+    def test_schemes_themselves_refuse_float32(self, scheme: str) -> None:
+        scheme = moe_npu.get_scheme(scheme)
+        with pytest.raises(ValueError, match="bfloat16 or float16 rows"):
+            scheme.grouped_mm(torch.randn(2, 16), scheme.quantize(torch.randn(2, 8, 16)), torch.tensor([1, 1]))
+
+
+def test_autocast_computes_like_linear_layers_do() -> None:
+    layer, x = make(bias=True), torch.randn(6, H)
+    layer.shared_expert = moe_npu.SharedExpert(H, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        rows = layer.experts(x, torch.tensor([6, 0, 0, 0, 0, 0]))
+    assert rows.dtype == torch.bfloat16
+    assert (y.float() - layer(x)).norm() <= 2e-2 * layer(x).norm()
+    y.float().square().mean().backward()
+    assert layer.experts.gate_up_proj.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ MATMUL_RULES: list[Rule] = [
     ("x-dtype", matmul(x_dtype=290), "x_dtype must be None, but is 290"),
     ("per-token-scale-dtype", matmul(per_token_scale_dtype=293), "per_token_scale_dtype must be None"),
     ("negative-tuning-config", matmul(tuning_config=[-1]), "tuning_config[0] must not be negative, but is -1"),
-    ("unknown-dtype-number", matmul(output_dtype=23), "output_dtype 23 is not the number of a known dtype"),
+    ("unknown-dtype-number", matmul(output_dtype=23), "output_dtype must be a dtype or the number of one, but is 23"),
     # the overload with a list of ints
     ("group-list-is-a-string", matmul(group_list="2, 5"), "group_list must be a tensor, a list of ints or None"),
     ("ints-group-type", matmul(*INTS, group_type=0), "group_type must be None, but is 0, when group_list is a list"),
@@ -323,7 +323,39 @@ def smooth(*shape: int, dtype: torch.dtype = F16) -> torch.Tensor:
     return zeros(*shape, dtype=dtype)
 
 
+ELSEWHERE = torch.device("meta")
+
 OTHER_RULES: list[Rule] = [
+    (
+        "mm-bias-elsewhere",
+        grouped_mm(bias=torch.zeros(2, 4, device=ELSEWHERE)),
+        "bias must be on cpu like the first argument, but is on meta",
+    ),
+    (
+        "gating-finished-elsewhere",
+        gating(zeros(3, 4), finished=torch.zeros(3, dtype=torch.bool, device=ELSEWHERE)),
+        "finished must be on cpu",
+    ),
+    ("permute-ids-elsewhere", permute(indices=zeros(3, 2, dtype=I64).to(ELSEWHERE)), "indices must be on cpu"),
+    (
+        "unpermute-order-elsewhere",
+        unpermute(sorted_indices=zeros(6, dtype=I32).to(ELSEWHERE)),
+        "sorted_indices must be on cpu",
+    ),
+    ("unpermute-probs-elsewhere", unpermute(probs=zeros(3, 2).to(ELSEWHERE)), "probs must be on cpu"),
+    ("quant-smooth-elsewhere", quant(smooth_scales=smooth(8).to(ELSEWHERE)), "smooth_scales must be on cpu"),
+    (
+        "quant-groups-elsewhere",
+        quant(smooth_scales=smooth(1, 8), group_index=zeros(1, dtype=I32).to(ELSEWHERE)),
+        "group_index must be on cpu",
+    ),
+    (
+        "swiglu-gradient-elsewhere",
+        lambda: ops.npu_swiglu_backward(zeros(2).to(ELSEWHERE), zeros(4)),
+        "grad_output must be on cpu",
+    ),
+    ("quant-dtype-number", quant(dst_type=23), "dst_type must be a dtype or the number of one, but is 23"),
+    ("quant-dtype-bool", quant(dst_type=True), "dst_type must be a dtype or the number of one, but is True"),
     (
         "mm-integers",
         grouped_mm(x=zeros(5, 3, dtype=I8)),
@@ -469,7 +501,7 @@ def test_the_calls_are_legal_without_the_change() -> None:
 
 # --- every rule is broken above --------------------------------------------------------------------------------------
 
-CHECKS = {"require", "reject", "require_dtype", "require_dim"}
+CHECKS = {"require", "reject", "require_dtype", "require_dim", "require_device"}
 FOLDER = Path(ops.__file__).parent
 
 

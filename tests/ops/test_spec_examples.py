@@ -802,3 +802,29 @@ def test_token_unpermute_gradients(impl: Any, dtype: torch.dtype, probs_dtype: t
     expected = [[0.25, 0.5], [5, 6], [0.75, 1.5], [1.5, 2], [0, 0], [1.5, 2]]
     assert_bits_equal(grad_permuted, torch.tensor(expected, dtype=dtype))
     assert_bits_equal(grad_probs, torch.tensor([[30, 10], [180, 120], [100, 250]], dtype=probs_dtype))
+
+
+def test_a_single_int4_word_is_read_along_the_axis_that_fits_x() -> None:
+    """A weight of one word is [8, 1] or [1, 8]: its strides cannot tell, the columns of x do."""
+    word = ops.npu_convert_weight_to_int4pack(torch.tensor([[1, 2, 3, 4, 5, 6, 7, -8]], dtype=torch.int32))
+    column, row = torch.ones(2, 8, dtype=torch.float16), torch.full((2, 1), 2.0, dtype=torch.float16)
+    for x, n, expected in ((column, 1, [[20.0]] * 2), (row, 8, [[2.0, 4, 6, 8, 10, 12, 14, -16]] * 2)):
+        (y,) = ops.npu_grouped_matmul(
+            [x],
+            [word.unsqueeze(0).mT],
+            antiquant_scale=[torch.ones(1, n, dtype=torch.float16)],
+            antiquant_offset=[torch.zeros(1, n, dtype=torch.float16)],
+            group_list=torch.tensor([2]),
+            group_type=0,
+            split_item=3,
+        )
+        assert y.tolist() == expected
+
+
+def test_dtypes_may_be_given_as_numbers() -> None:
+    x = torch.tensor([[1.0, -2.0, 3.0, 4.0] * 2], dtype=torch.bfloat16)
+    for number, dtype in ((1, torch.int8), (16, torch.quint4x2)):
+        for by_number, by_dtype in zip(
+            ops.npu_dynamic_quant(x, dst_type=number), ops.npu_dynamic_quant(x, dst_type=dtype), strict=True
+        ):
+            assert_bits_equal(by_number, by_dtype)

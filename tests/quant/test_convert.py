@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qwen().to(torch.bfloat16).save_pretrained(folder, max_shard_size="60KB")
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
     assert (folder / INDEX).is_file()
     return folder
 
@@ -68,7 +70,7 @@ def test_experts_become_integers_and_the_rest_is_copied(source: Path, tmp_path: 
     assert report.num_quantized == 2 * 4 * 3
     assert report.num_quantized + report.num_copied == len(before.tensors)
     assert report.bytes_before == before.num_bytes == calls[-1][0] == calls[-1][1]
-    assert report.bytes_after == (dst / "model.safetensors").stat().st_size
+    assert report.bytes_after == after.num_bytes
     assert [call[2] for call in calls] == list(before.tensors)
     assert sorted(file.name for file in dst.iterdir()) == [
         "config.json",
@@ -96,8 +98,8 @@ def test_snr_of_the_report_is_that_of_the_weights(source: Path, tmp_path: Path, 
                 restored = codes.double() * scale.repeat_interleave(weight.size(1) // scale.size(1), 1)
                 signal += weight.square().sum().item()
                 noise += (weight - restored).square().sum().item()
-        assert math.isclose(report.snr_db[layer], 10 * math.log10(signal / noise), rel_tol=1e-6)
-    assert report.snr_db[0] > {"w8a8": 40, "w4a16": 15}[scheme]
+        assert math.isclose(report.snr_db[f"model.layers.{layer}"], 10 * math.log10(signal / noise), rel_tol=1e-6)
+    assert report.snr_db["model.layers.0"] > {"w8a8": 40, "w4a16": 15}[scheme]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -137,6 +139,78 @@ def test_transformers_loads_runs_and_saves_it(tmp_path: Path, scheme: str, dtype
     for name in first.tensors:
         assert_bits_equal(second.read(name), first.read(name))
     assert second.config["quantization_config"] == first.config["quantization_config"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_runs_without_no_grad_and_trains_what_can_be_trained(tmp_path: Path, scheme: str) -> None:
+    qwen().to(torch.bfloat16).save_pretrained(tmp_path / "float")
+    quant.quantize_checkpoint(tmp_path / "float", tmp_path / "quantized", quant.get_scheme(scheme))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    logits = model(torch.randint(0, 64, (1, 8))).logits
+    passes = quant.get_scheme(scheme).passes_gradient
+    assert logits.requires_grad == passes
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any("experts" in name for name in trainable)
+    assert bool(trainable) == passes
+    if passes:
+        logits.float().square().mean().backward()
+        assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_float32_model_runs_with_quantized_experts(tmp_path: Path, scheme: str) -> None:
+    model = qwen()
+    model.save_pretrained(tmp_path / "float")
+    quant.quantize_checkpoint(tmp_path / "float", tmp_path / "quantized", quant.get_scheme(scheme))
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    assert quantized.dtype == torch.float32
+    ids = torch.randint(0, 64, (1, 8))
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert (quantized(ids).logits - expected).norm() <= 0.05 * expected.norm()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (quantized(ids).logits - expected).norm() <= 0.05 * expected.norm()
+
+
+class TestDamagedQuantizedFolders:
+    """Each would load with a warning at most, and compute nonsense."""
+
+    @pytest.fixture
+    def folder(self, source: Path, tmp_path: Path) -> Path:
+        quant.quantize_checkpoint(source, tmp_path / "q", quant.get_scheme("w4a16"))
+        return tmp_path / "q"
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            pytest.param(
+                lambda tensors: {name: t for name, t in tensors.items() if not name.endswith("_scale")},
+                "is missing",
+                id="no-scales",
+            ),
+            pytest.param(
+                lambda tensors: {name: t for name, t in tensors.items() if "experts" not in name},
+                "holds no experts",
+                id="no-experts",
+            ),
+            pytest.param(
+                lambda tensors: {name: t.float() if t.dtype == torch.int32 else t for name, t in tensors.items()},
+                "must be a w4a16 weight",
+                id="float-codes",
+            ),
+            pytest.param(
+                lambda tensors: {name: t[:1].clone() if "_scale" in name else t for name, t in tensors.items()},
+                "must hold float scales",
+                id="short-scales",
+            ),
+        ],
+    )
+    def test_is_refused(
+        self, folder: Path, damage: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], message: str
+    ) -> None:
+        save_file(damage(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_mixtral_names(tmp_path: Path) -> None:
@@ -232,6 +306,13 @@ class TestRefusals:
         with pytest.raises(FileExistsError, match="exists already"):
             quant.quantize_checkpoint(source, tmp_path / "dst", quant.get_scheme("w8a8"))
         assert [file.name for file in (tmp_path / "dst").iterdir()] == ["precious"]
+
+    @pytest.mark.parametrize("inside", ["quantized", "new/.."])
+    def test_destination_in_the_source(self, source: Path, inside: str) -> None:
+        before = sorted(source.iterdir())
+        with pytest.raises((ValueError, FileExistsError), match=r"lies inside|exists already"):
+            quant.quantize_checkpoint(source, source / inside, quant.get_scheme("w8a8"))
+        assert sorted(source.iterdir()) == before
 
     def test_no_folder(self, tmp_path: Path) -> None:
         self.refuse(tmp_path / "missing", FileNotFoundError, "is not a folder")
@@ -334,7 +415,10 @@ class TestRefusals:
         ({"format_version": 2}, "format_version"),
         ({"scheme": None}, "scheme must be the name"),
         ({"scheme": "w2"}, "no quantization scheme"),
-        ({"group_size": 4, "scheme": "w8a8"}, "does not take"),
+        ({"group_size": 4, "scheme": "w8a8"}, "does not take the option group_size; it takes none"),
+        ({"group_size": 16.5}, "whole number"),
+        ({"group_size": "8"}, "whole number"),
+        ({"name": "x"}, "does not take the option name"),
     ],
 )
 def test_foreign_quantization_configs_are_refused(change: dict, message: str) -> None:

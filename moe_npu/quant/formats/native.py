@@ -28,13 +28,46 @@ and -7..7. Everything that is not the weight of a routed expert is copied bit fo
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from moe_npu.quant.checkpoint import TensorInfo
 from moe_npu.quant.scheme import QuantScheme, get_scheme
 
 QUANT_METHOD = "moe_npu"
 FORMAT_VERSION = 1
 SCALE_SUFFIX = "_scale"
+
+# the weight of one projection of one routed expert, as transformers writes it
+EXPERT_WEIGHT = re.compile(r"(^|\.)experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
+
+
+def check_tensors(tensors: Mapping[str, TensorInfo], scheme: QuantScheme) -> None:
+    """Check the tensors of a quantized checkpoint before they are loaded.
+
+    Raises:
+        ValueError: there are no experts, one has a tensor of another dtype, or its scale is missing or does not fit.
+    """
+    weights = [info for info in tensors.values() if EXPERT_WEIGHT.search(info.name)]
+    if not weights:
+        raise ValueError("the quantized checkpoint holds no experts")
+    announced = scheme.empty((8, 8), dtype=torch.bfloat16, device="meta")
+    for info in weights:
+        if info.dtype != announced.weight.dtype or len(info.shape) != 2:
+            raise ValueError(
+                f"{info.name} must be a {scheme.name} weight of {announced.weight.dtype}, but is {info.dtype} of shape "
+                f"{list(info.shape)}"
+            )
+        scale = tensors.get(info.name + SCALE_SUFFIX)
+        if scale is None:
+            raise ValueError(f"{info.name} has no scale: {info.name + SCALE_SUFFIX} is missing")
+        if not scale.dtype.is_floating_point or len(scale.shape) != 2 or scale.shape[0] != info.shape[0]:
+            raise ValueError(
+                f"{scale.name} must hold float scales [{info.shape[0]}, G], but is {scale.dtype} {list(scale.shape)}"
+            )
 
 
 def quantization_config(scheme: QuantScheme) -> dict[str, Any]:

@@ -30,11 +30,12 @@ class W4A16(QuantScheme):
 
     name: ClassVar[str] = "w4a16"
     description: ClassVar[str] = "int4 weights in groups of input features, float activations"
+    passes_gradient: ClassVar[bool] = True
     group_size: int = 128
 
     def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ValueError(f"group_size must be at least 2, but is {self.group_size}")
+        if not isinstance(self.group_size, int) or self.group_size < 2:
+            raise ValueError(f"group_size must be a whole number of at least 2, but is {self.group_size!r}")
 
     @property
     def options(self) -> dict[str, Any]:

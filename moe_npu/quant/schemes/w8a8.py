@@ -28,6 +28,7 @@ class W8A8(QuantScheme):
 
     name: ClassVar[str] = "w8a8"
     description: ClassVar[str] = "int8 weights per output channel, int8 activations per token, int8 arithmetic"
+    passes_gradient: ClassVar[bool] = False
 
     @property
     def options(self) -> dict[str, Any]:
