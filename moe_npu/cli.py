@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -73,16 +74,20 @@ def quantize(
     """
     options: dict[str, Any] = {} if group_size is None else {"group_size": group_size}
     console = Console()
-    with Progress(
+    progress = Progress(
         TextColumn("Quantizing"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console, transient=True
-    ) as progress:
-        task = progress.add_task("quantizing", total=None)
-        report = quantize_checkpoint(
-            src,
-            dst,
-            get_scheme(scheme.value, **options),
-            on_progress=lambda done, total, _: progress.update(task, completed=done, total=total),
-        )
+    )
+    task = progress.add_task("quantizing", total=None)
+
+    def on_progress(done: int, total: int, _: str) -> None:
+        progress.start()  # at the first tensor: an error before it stays alone on the screen
+        progress.update(task, completed=done, total=total)
+
+    try:
+        report = quantize_checkpoint(src, dst, get_scheme(scheme.value, **options), on_progress=on_progress)
+    finally:
+        if progress.live.is_started:
+            progress.stop()
     table = Table(title=f"{src} -> {dst}, {report.scheme}")
     table.add_column("layer")
     table.add_column("SNR of expert weights [dB]", justify="right")
@@ -108,7 +113,7 @@ def inspect(
     """
     summary = inspect_checkpoint(src)
     console = Console()
-    table = Table(title=str(src))
+    table = Table(title=str(src), box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for column, justify in (
         ("tensors", "left"),
         ("dtype", "left"),

@@ -14,7 +14,7 @@ import torch
 
 from moe_npu.ops._groups import COUNTS
 from moe_npu.ops._numerics import is_transposed
-from moe_npu.ops.grouped_mm import grouped_mm, grouped_mm_gradients, grouped_mm_weight_grad
+from moe_npu.ops.grouped_mm import bias_gradient, grouped_mm, grouped_mm_gradients, grouped_mm_weight_grad
 
 _Tensors = Sequence[torch.Tensor]
 _Gradients = tuple[_Tensors | None, _Tensors | None, _Tensors | None]
@@ -58,8 +58,7 @@ def row_gradients(
     if needs_dweight:
         weights = grouped_mm_weight_grad(x, dy, counts).unbind()
     if bias_dtype is not None:
-        ones = dy.new_ones(dy.size(0), 1, dtype=bias_dtype)
-        biases = grouped_mm_weight_grad(ones, dy.to(bias_dtype), counts).squeeze(1).unbind()
+        biases = bias_gradient(dy, counts, bias_dtype).unbind()
     return rows, weights, biases
 
 

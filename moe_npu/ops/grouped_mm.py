@@ -110,9 +110,14 @@ def grouped_mm_gradients(
         else:
             dweight = _weight_grad_op(x, dy, expert_tokens)
     if bias_dtype is not None:
-        ones = dy.new_ones(dy.size(0), 1, dtype=bias_dtype)
-        dbias = _weight_grad_op(ones, dy.to(bias_dtype), expert_tokens).squeeze(1)
+        dbias = bias_gradient(dy, expert_tokens, bias_dtype)
     return dx, dweight, dbias
+
+
+def bias_gradient(dy: torch.Tensor, expert_tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum of the rows of each expert, ``[E, N]``: a weight gradient with a column of ones for x."""
+    ones = dy.new_ones(dy.size(0), 1, dtype=dtype)
+    return _weight_grad_op(ones, dy.to(dtype), expert_tokens).squeeze(1)
 
 
 def _weight_grad_cpu(x: torch.Tensor, dy: torch.Tensor, expert_tokens: torch.Tensor) -> torch.Tensor:
