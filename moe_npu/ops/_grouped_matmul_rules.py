@@ -261,6 +261,17 @@ def logical_shape(weight: torch.Tensor, k: int) -> tuple[int, int]:
     return rows, columns * INT4_PER_WORD
 
 
+def logical_shapes(x: _Tensors, weight: _Tensors) -> list[tuple[int, int]]:
+    """``(K, N)`` of each weight; one x stands for all."""
+    return [logical_shape(tensor, x[index if len(x) > 1 else 0].size(-1)) for index, tensor in enumerate(weight)]
+
+
+def is_pairs(x: _Tensors, weight: _Tensors, has_groups: bool) -> bool:
+    """Whether x[i] meets weight[i], rather than groups of the rows of one x meeting weights."""
+    is_stacked = len(weight) == 1 and weight[0].dim() == 3
+    return len(x) == len(weight) and not is_stacked and not (len(x) == 1 and has_groups)
+
+
 def check_scenario(
     row: Row,
     x: _Tensors,
@@ -298,7 +309,7 @@ def check_scenario(
     if group_type == 0 and not one_output:
         reject(f"{OP}: split_item must be 2 or 3 for group_type 0, but is {split_item}")
 
-    pairs = (len(x) == len(weight) and not single_weight) and not (len(x) == 1 and has_groups)
+    pairs = is_pairs(x, weight, has_groups)
     if pairs:
         if group_type == -1 and not one_output:
             require(
@@ -396,7 +407,7 @@ def check_shapes(
     split_item: int,
 ) -> None:
     """Raise unless sizes agree: K of x and weight, N where one result is asked for, and every parameter."""
-    sizes = [logical_shape(tensor, x[index if len(x) > 1 else 0].size(-1)) for index, tensor in enumerate(weight)]
+    sizes = logical_shapes(x, weight)
     if group_type != 2:
         transposed = {is_transposed(tensor) for tensor in weight if 1 not in tensor.shape[-2:]}
         require(len(transposed) <= 1, f"{OP}: all weights must be transposed views, or none")

@@ -63,8 +63,7 @@ class _Call(NamedTuple):
     @property
     def is_pairs(self) -> bool:
         """Whether x[i] meets weight[i], rather than groups of the rows of one x meeting weights."""
-        has_groups = self.group_list is not None or self.group_sizes is not None
-        return len(self.x) == len(self.weight) and self.weight[0].dim() == 2 and not (len(self.x) == 1 and has_groups)
+        return rules.is_pairs(self.x, self.weight, self.group_list is not None or self.group_sizes is not None)
 
     @property
     def host_bounds(self) -> list[tuple[int, int]]:
@@ -83,10 +82,7 @@ def _allocate(call: _Call) -> _Tensors:
     """The results, uninitialised (spec 1.9)."""
     x = call.x
     dtype = x[0].dtype if call.output_dtype is None else call.output_dtype
-    columns = [
-        rules.logical_shape(tensor, x[index if len(x) > 1 else 0].size(-1))[1]
-        for index, tensor in enumerate(call.weight)
-    ]
+    columns = [n for _, n in rules.logical_shapes(x, call.weight)]
     if call.group_type == _K_SPLIT:
         return [x[0].new_empty(call.num_groups, x[0].size(0), columns[0], dtype=dtype)]
     if call.is_joint:
