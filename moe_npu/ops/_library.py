@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 _NAMESPACE = "moe_npu"
 _lib = torch.library.Library(_NAMESPACE, "FRAGMENT")
-_npu_lowerings: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+
+
+class Registration(NamedTuple):
+    """One operator and what it can do."""
+
+    op: torch._ops.OpOverload
+    npu: Callable[..., Any]
+    differentiable: tuple[str, ...]  # arguments that have a gradient
+    is_lowered: bool
+
+
+REGISTRATIONS: dict[str, Registration] = {}
 
 
 def register_op(
@@ -20,6 +31,7 @@ def register_op(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    differentiable: Sequence[str] = (),
     is_lowered: bool = True,
 ) -> torch._ops.OpOverload:
     """Define ``moe_npu::<schema>`` with its CPU, NPU and fake kernels and, if given, its gradient.
@@ -32,6 +44,7 @@ def register_op(
         fake: allocates outputs of the right shape, dtype and strides.
         setup_context: saves for backward what ``backward`` needs.
         backward: gradient formula, written with differentiable operators.
+        differentiable: names of the arguments that ``backward`` has a gradient for.
         is_lowered: whether graphs may be lowered to what ``npu`` calls; not where torch_npu has no shape function.
     """
     name = schema.split("(", 1)[0]
@@ -43,8 +56,7 @@ def register_op(
     if backward is not None:
         torch.library.register_autograd(f"{_NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_lib)
     op: torch._ops.OpOverload = getattr(getattr(torch.ops, _NAMESPACE), name).default
-    if is_lowered:
-        _npu_lowerings[op] = npu
+    REGISTRATIONS[name] = Registration(op, npu, tuple(differentiable), is_lowered)
     return op
 
 
@@ -59,4 +71,4 @@ def npu_lowerings() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     Usable as a decomposition table: ``exported_program.run_decompositions(npu_lowerings())`` gives a graph of pure
     npu operators.
     """
-    return dict(_npu_lowerings)
+    return {registration.op: registration.npu for registration in REGISTRATIONS.values() if registration.is_lowered}

@@ -1,6 +1,7 @@
-"""Numeric primitives of the CPU kernels: matmuls with stated accumulation, int4 packing, dequantisation.
+"""Numeric primitives of the CPU kernels: matmuls with stated accumulation, rounding, int4 packing, scale words.
 
-Spec: grouped matmul 0.2 (rounding, accumulation), 0.4 (int4 packing), 1.8.6 (dequantised weights).
+Spec: grouped matmul 0.2 (rounding, accumulation), 0.3 (scale words), 0.4 (int4 packing), 0.9 (tiles), 1.8.6
+(dequantised weights), 1.8.7 and 1.8.8 (int4 products).
 """
 
 from __future__ import annotations
@@ -56,6 +57,79 @@ def int_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         terms = slice(start, start + _EXACT_FLOAT32_TERMS)
         accumulator += torch.mm(x[:, terms].float(), weight[terms].float()).to(torch.int32)
     return accumulator
+
+
+def round_to_int(values: torch.Tensor, low: int, high: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """Float values rounded half to even, clamped to ``low..high``, as ``dtype``; NaN gives 0."""
+    return values.round().nan_to_num(0.0, float("inf"), float("-inf")).clamp_(low, high).to(dtype)
+
+
+def scale_of_words(words: torch.Tensor) -> torch.Tensor:
+    """The float32 scale in the low half of int64 or uint64 words, truncated to 10 mantissa bits ("fp19")."""
+    # 0xFFFFE000 as a signed number clears the 13 bits
+    return words.view(torch.int64).to(torch.int32).bitwise_and(-0x2000).view(torch.float32)
+
+
+def offset_of_words(words: torch.Tensor) -> torch.Tensor:
+    """The offset -256..255 in bits 37 to 45 of int64 words."""
+    offset = words.view(torch.int64).bitwise_right_shift(37).bitwise_and(0x1FF)
+    return torch.where(offset >= 256, offset - 512, offset)
+
+
+def requantize(accumulator: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Int8 of int32 accumulators ``[M, N]`` by scale words ``[N]``, through nine bits (spec 1.8.3)."""
+    rounded = (accumulator.float() * scale_of_words(words)).round().clamp(-256, 255)
+    return (rounded + offset_of_words(words)).clamp(-128, 127).to(torch.int8)
+
+
+def int4_matmul(x: torch.Tensor, weight: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Float16 ``x @ (weight * scale)`` of int4 values: each group of K is scaled in float16, then summed in float16.
+
+    Shapes: x ``[M, K]`` and weight ``[K, N]`` int8 holding int4 values, words ``[G, N]``, one row per K / G terms.
+    """
+    scale = scale_of_words(words)
+    length = x.size(1) // scale.size(0)
+    total = torch.zeros(x.size(0), weight.size(1), dtype=torch.float16)
+    for group in range(scale.size(0)):
+        terms = slice(group * length, (group + 1) * length)
+        part = (int_matmul(x[:, terms], weight[terms]).float() * scale[group]).to(torch.float16)
+        total = part if group == 0 else total + part
+    return total
+
+
+def int8_int4_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    words: torch.Tensor,
+    bias: torch.Tensor,
+    offset: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Float32 product of int8 activations and int4 weights as the device forms it, before the scale of the rows.
+
+    x is split in two int4 digits, ``16 * high + low = x - 8``; the caller's bias makes up for the 8. With ``offset``
+    (asymmetric weights) the sum of each row of x times the offset is added (spec 1.8.8).
+
+    Shapes: x ``[M, K]`` int8, weight ``[K, N]`` int8 holding int4 values, words ``[G, N]``, bias and offset ``[N]``.
+    """
+    high = x.bitwise_right_shift(4)
+    low = x.bitwise_and(15) - 8
+    total = 16 * int4_matmul(high, weight, words).float() + int4_matmul(low, weight, words).float() + bias
+    return total if offset is None else total + x.sum(1, keepdim=True).float() * offset
+
+
+def from_tiles(weight: torch.Tensor) -> torch.Tensor:
+    """``[E, K, N]`` of a weight in the tile order of FRACTAL_NZ ``[E, N / c, K / 16, 16, c]`` (spec 0.9)."""
+    experts, _, row_tiles, rows, _ = weight.shape
+    return weight.permute(0, 2, 3, 1, 4).reshape(experts, row_tiles * rows, -1)
+
+
+def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Int8 codes of float32 rows and the scale of each, ``max|v| / 127``: ``values ~= codes * scale``.
+
+    A zero row has scale 0 and codes 0. Shapes: ``[..., H]`` to ``[..., H]`` and ``[...]``.
+    """
+    scale = (values.abs().amax(-1) if values.size(-1) else values.new_zeros(values.shape[:-1])) / 127
+    return round_to_int(values / scale.unsqueeze(-1), -128, 127), scale
 
 
 def pack_int4(values: torch.Tensor) -> torch.Tensor:

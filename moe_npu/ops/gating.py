@@ -8,6 +8,7 @@ import torch
 
 from moe_npu.ops._errors import reject, require, require_device, require_dim, require_dtype
 from moe_npu.ops._library import register_op
+from moe_npu.ops._signature import typed
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _Gated = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -86,9 +87,11 @@ _op = register_op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    differentiable=("x",),
 )
 
 
+@typed
 def npu_moe_gating_top_k_softmax(x: torch.Tensor, finished: torch.Tensor | None = None, k: int = 1) -> _Gated:
     """The k most probable experts of each row and their probabilities, which do not sum to one.
 

@@ -26,8 +26,10 @@ from moe_npu.ops._numerics import (
     dequantize_weight,
     int_matmul,
     matmul_into,
+    requantize,
     unpack_int4_weight,
 )
+from moe_npu.ops._signature import typed
 
 _OP = rules.OP
 _Tensors = list[torch.Tensor]
@@ -109,15 +111,6 @@ def _activate(values: torch.Tensor, act_type: int) -> torch.Tensor:
     return values
 
 
-def _requantize(accumulator: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """Int8 of int32 accumulators by packed scale words: fp19 scale in the low half, 9-bit offset in bits 37 to 45."""
-    fp19 = words.to(torch.int32).bitwise_and(-0x2000).view(torch.float32)  # low 32 bits; 0xFFFFE000 clears 13 of them
-    offset = words.bitwise_right_shift(37).bitwise_and(0x1FF)
-    offset = torch.where(offset >= 256, offset - 512, offset)
-    rounded = (accumulator.float() * fp19).round().clamp(-256, 255)
-    return (rounded + offset).clamp(-128, 127).to(torch.int8)
-
-
 def _dequantize(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """Float ``[..., K, N]`` of int8 or packed int4 weights and parameters ``[..., N]`` or ``[..., G, N]``."""
     if not rules.is_per_group(scale, weight):
@@ -150,7 +143,7 @@ def _multiply(
     if scale is None or out.dtype == torch.int32:
         out.copy_(accumulator)
     elif scale.dtype == torch.int64:
-        out.copy_(_requantize(accumulator, scale))
+        out.copy_(requantize(accumulator, scale))
     else:
         values = accumulator.float().mul_(scale.float())
         if per_token_scale is not None:
@@ -355,9 +348,11 @@ _op = register_op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    differentiable=("x", "weight", "bias"),
 )
 
 
+@typed
 def npu_grouped_matmul(
     x: Sequence[torch.Tensor],
     weight: Sequence[torch.Tensor],
@@ -468,8 +463,6 @@ def npu_grouped_matmul(
     is_list_overload = isinstance(group_list, (list, tuple))
     group_sizes = list(group_list) if isinstance(group_list, (list, tuple)) and group_list else None
     group_tensor = group_list if isinstance(group_list, torch.Tensor) else None
-    if group_list is not None and not is_list_overload and group_tensor is None:
-        reject(f"{_OP}: group_list must be a tensor, a list of ints or None, but is {type(group_list).__name__}")
     if group_type is None:
         require(is_list_overload, "Requires manual passing group_type, current is None.")
         group_type = -1

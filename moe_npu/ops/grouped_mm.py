@@ -18,6 +18,7 @@ from moe_npu.ops._errors import dtype_name, reject, require, require_device, req
 from moe_npu.ops._groups import COUNTS, CUMSUM, row_groups
 from moe_npu.ops._library import register_op
 from moe_npu.ops._numerics import dense, is_transposed, matmul_into
+from moe_npu.ops._signature import typed
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -170,6 +171,7 @@ _op = register_op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    differentiable=("x", "weight", "bias"),
 )
 _weight_grad_op = register_op(
     "grouped_mm_weight_grad(Tensor x, Tensor dy, Tensor expert_tokens) -> Tensor",
@@ -178,9 +180,11 @@ _weight_grad_op = register_op(
     fake=_weight_grad_fake,
     setup_context=_weight_grad_setup_context,
     backward=_weight_grad_backward,
+    differentiable=("x", "dy"),
 )
 
 
+@typed
 def grouped_mm(
     x: torch.Tensor, weight: torch.Tensor, expert_tokens: torch.Tensor, *, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -231,6 +235,7 @@ def grouped_mm(
     return _op(x, weight, expert_tokens, bias)
 
 
+@typed
 def grouped_mm_weight_grad(x: torch.Tensor, dy: torch.Tensor, expert_tokens: torch.Tensor) -> torch.Tensor:
     """Per expert ``x.T @ dy`` over its rows: the weight gradient of :func:`grouped_mm`.
 

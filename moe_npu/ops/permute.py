@@ -16,6 +16,7 @@ import torch
 
 from moe_npu.ops._errors import reject, require, require_device, require_dim, require_dtype
 from moe_npu.ops._library import register_op
+from moe_npu.ops._signature import typed
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_PAIRS = 2**24
@@ -290,6 +291,7 @@ _permute_op = register_op(
     fake=_permute_fake,
     setup_context=_permute_setup_context,
     backward=_permute_backward,
+    differentiable=("tokens",),
 )
 _unpermute_op = register_op(
     "npu_moe_token_unpermute(Tensor permuted_tokens, Tensor sorted_indices, Tensor? probs, bool padded_mode,"
@@ -299,6 +301,7 @@ _unpermute_op = register_op(
     fake=_unpermute_fake,
     setup_context=_unpermute_setup_context,
     backward=_unpermute_backward,
+    differentiable=("permuted_tokens", "probs"),
 )
 _unpermute_grad_op = register_op(
     "npu_moe_token_unpermute_grad(Tensor dout, Tensor sorted_indices, Tensor? probs, Tensor? permuted_tokens,"
@@ -311,6 +314,7 @@ _unpermute_grad_op = register_op(
 )
 
 
+@typed
 def npu_moe_token_permute(
     tokens: torch.Tensor, indices: torch.Tensor, num_out_tokens: int | None = None, padded_mode: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -341,6 +345,7 @@ def npu_moe_token_permute(
     return _permute_op(tokens, indices, num_out_tokens, padded_mode)
 
 
+@typed
 def npu_moe_token_unpermute(
     permuted_tokens: torch.Tensor,
     sorted_indices: torch.Tensor,

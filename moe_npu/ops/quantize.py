@@ -14,6 +14,7 @@ from moe_npu.ops._errors import as_dtype, dtype_name, reject, require, require_d
 from moe_npu.ops._groups import CUMSUM, row_groups
 from moe_npu.ops._library import register_op
 from moe_npu.ops._numerics import INT4_PER_WORD, pack_int4
+from moe_npu.ops._signature import typed
 
 _HALVES = (torch.float16, torch.bfloat16)
 _QUANT_MODES = ("pertoken", "perchannel", "pertensor")
@@ -173,6 +174,7 @@ _dynamic_quant_op = register_op(
 )
 
 
+@typed
 def npu_dynamic_quant(
     input: torch.Tensor,
     *,
@@ -236,6 +238,7 @@ _int4pack_op = register_op(
 )
 
 
+@typed
 def npu_convert_weight_to_int4pack(weight: torch.Tensor, inner_k_tiles: int = 0) -> torch.Tensor:
     """Int4 values packed eight to an int32 along the last axis, element 0 in the lowest four bits.
 

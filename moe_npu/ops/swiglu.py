@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from moe_npu.ops._errors import reject, require, require_device, require_dtype
 from moe_npu.ops._library import register_op
+from moe_npu.ops._signature import typed
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -109,6 +110,7 @@ _op = register_op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    differentiable=("input",),
 )
 _backward_op = register_op(
     "npu_swiglu_backward(Tensor grad_output, Tensor input, int dim) -> Tensor",
@@ -117,9 +119,11 @@ _backward_op = register_op(
     fake=_backward_fake,
     setup_context=_backward_setup_context,
     backward=_backward_backward,
+    differentiable=("grad_output", "input"),
 )
 
 
+@typed
 def npu_swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """``silu(a) * b`` of the two halves ``a, b`` of ``input`` along ``dim``; the first half is activated.
 
@@ -141,6 +145,7 @@ def npu_swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
     return _op(input, dim)
 
 
+@typed
 def npu_swiglu_backward(grad_output: torch.Tensor, input: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """The gradient of :func:`npu_swiglu` with respect to its ``input``.
 

@@ -75,3 +75,17 @@ def assert_bits_equal(actual: Tensor, expected: Tensor) -> None:
             f"{int(different.sum())} of {different.numel()} elements differ, first at {where}: "
             f"{actual[where].item()} instead of {expected[where].item()}"
         )
+
+
+def assert_codes_equal(actual: Tensor, values: Tensor, *, low: int, high: int, slack: float) -> None:
+    """Integers that are float64 `values`, rounded half to even and clamped; within `slack` of a half either way."""
+    _fail_unless_same_shape(actual, values)
+    below, above = ((values + step).round().clamp(low, high) for step in (-slack, slack))
+    got = actual.double()
+    wrong = (got != below) & (got != above)
+    if bool(wrong.any()):
+        where = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.numel()} codes differ, first at {where}: "
+            f"{actual[where].item()} instead of {values[where].item():.6g}"
+        )

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.helpers.assertions import assert_bits_equal, assert_close
+from tests.helpers.assertions import assert_bits_equal, assert_close, assert_codes_equal
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 HALF_DTYPES = [torch.float16, torch.bfloat16]
@@ -162,3 +162,28 @@ def test_bits_accept_equal_nan() -> None:
 def test_bits_reject(actual: torch.Tensor, expected: torch.Tensor, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         assert_bits_equal(actual, expected)
+
+
+def _codes(actual: list[int], values: list[float]) -> None:
+    assert_codes_equal(
+        torch.tensor(actual, dtype=torch.int8),
+        torch.tensor(values, dtype=torch.float64),
+        low=-128,
+        high=127,
+        slack=1e-4,
+    )
+
+
+def test_codes_accept_both_sides_of_a_half_and_saturation() -> None:
+    _codes([2, 3, 3, -2, 127, -128], [2.5, 2.5, 2.50005, -2.4, 1e9, -128.7])
+
+
+@pytest.mark.parametrize(("code", "value"), [(2, 2.501), (3, 2.499), (1, 2.0), (126, 127.4), (4, 2.5)])
+def test_codes_reject(code: int, value: float) -> None:
+    with pytest.raises(AssertionError, match="1 of 1 codes differ"):
+        _codes([code], [value])
+
+
+def test_codes_reject_other_shapes() -> None:
+    with pytest.raises(AssertionError, match="shape"):
+        assert_codes_equal(torch.zeros(2), torch.zeros(2, 1, dtype=torch.float64), low=0, high=1, slack=0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,65 +15,38 @@ from torch.utils._pytree import tree_leaves
 
 from moe_npu import ops
 from tests.helpers.assertions import assert_bits_equal, assert_close
-from tests.ops.samples import ROWS, Sample, contiguous, int64, matmul_inputs, sliced, transposed
+from tests.ops.samples import DRAWS, SAMPLES
+from tests.ops.samples.base import Inputs, Sample
+from tests.ops.samples.grouped_matmul import matmul_calls, matmul_inputs
 from tests.ops.test_battery import assert_equals_reference
 
 repeatable = settings(
-    derandomize=True, max_examples=50, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+    derandomize=True, max_examples=50, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
-
-SCENARIOS = ("sss", "sms", "mms", "mmm", "k-split", "ints-sms", "ints-smm", "ints-mms", "ints-mmm")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int32, torch.int64)
-
-counts_of = st.lists(st.integers(0, 4), min_size=1, max_size=4)
+# a few examples of each operator by default, many in a nightly run
+EXAMPLES = pytest.mark.parametrize("examples", [8, pytest.param(60, marks=pytest.mark.nightly, id="nightly")])
 
 
-@st.composite
-def matmul_calls(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of `matmul_inputs` for a legal call."""
-    row_name = draw(st.sampled_from(list(ROWS)))
-    row = ROWS[row_name]
-    scenario = draw(st.sampled_from(SCENARIOS))
-    if row.per_token_scale:
-        scenario = draw(st.sampled_from(("sss", "sms")))
-    elif row.weight != "float":
-        scenario = draw(st.sampled_from([name for name in SCENARIOS if name != "k-split"]))
-    is_ints = scenario.startswith("ints-")
-    call: dict[str, Any] = {"scenario": scenario, "row": row_name, "counts": draw(counts_of)}
-    call |= {"k": draw(st.integers(1, 12)), "n": draw(st.integers(1, 12)), "bias": draw(st.booleans())}
-    if row.weight == "int4":
-        call["layout"] = draw(st.sampled_from((contiguous, transposed)))
-        # words along K: at least two, or one per row and several columns, since [1, 1] does not tell along which axis
-        call |= {"k": 16} if call["layout"] is transposed else {"n": draw(st.sampled_from((8, 16)))}
-        lengths = [n for n in range(1, call["k"] + 1) if call["k"] % n == 0 and (n % 2 == 0 or call["k"] != 16)]
-        call["group_length"] = draw(st.sampled_from((0, *lengths)))
-    elif scenario != "k-split":
-        call["layout"] = draw(st.sampled_from((contiguous, transposed, sliced)))
-    if scenario == "k-split":
-        call["bias"] = False
-    if row.bias == torch.bfloat16:
-        call["counts"].append(1)  # an empty per-token scale counts as none, which this bias needs
-    if scenario in ("sss", "sms") and draw(st.booleans()):
-        call["rows"] = sum(call["counts"]) + draw(st.integers(0, 3))
-    if not is_ints and scenario not in ("mmm", "k-split"):
-        call["group_list_type"] = draw(st.sampled_from((0, 1)))
-    if not is_ints and row.scale is not None and row.output_dtype not in (None, torch.int32):
-        call["act_type"] = draw(st.sampled_from((0, 1, 2, 4, 5, None)))
-    if scenario in ("mmm", "ints-mmm", "ints-smm"):
-        call["split_item"] = draw(st.sampled_from((0, 1, None)))
-    else:
-        call["split_item"] = draw(st.sampled_from((2, 3)))
-    return call
+def run(property: Callable[[st.DataObject], None], examples: int) -> None:
+    settings(repeatable, max_examples=examples)(given(data=st.data())(property))()
 
 
-def as_sample(inputs: Any) -> Sample:
-    return Sample("npu_grouped_matmul", "drawn", lambda: inputs, reduction=24)
+def as_sample(name: str, inputs: Inputs) -> Sample:
+    return Sample(name, "drawn", lambda: inputs, reduction=24)
 
 
-@repeatable
-@given(call=matmul_calls())
-def test_legal_matmuls_equal_the_reference(call: dict[str, Any]) -> None:
-    assert_equals_reference(as_sample(matmul_inputs(**call)))
+@EXAMPLES
+@pytest.mark.parametrize("name", sorted(DRAWS))
+def test_legal_calls_equal_the_reference(name: str, examples: int) -> None:
+    def property(data: st.DataObject) -> None:
+        assert_equals_reference(as_sample(name, DRAWS[name](data.draw)))
+
+    run(property, examples)
+
+
+# --- illegal calls ---------------------------------------------------------------------------------------------------
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int32, torch.int64, torch.bool)
 
 
 def _broken_tensor(draw: st.DrawFn, tensor: Tensor) -> Any:
@@ -85,7 +60,7 @@ def _broken_tensor(draw: st.DrawFn, tensor: Tensor) -> Any:
     if kind == "flatten":
         return tensor.flatten()
     if kind == "object":
-        return draw(st.sampled_from((None, 1, "tensor", [tensor])))
+        return draw(st.sampled_from((None, 1, "tensor", [tensor], tensor.to("meta"))))
     if tensor.dim() == 0:
         return tensor
     if kind == "transposed":
@@ -96,49 +71,72 @@ def _broken_tensor(draw: st.DrawFn, tensor: Tensor) -> Any:
     return tensor.narrow(dim, 0, 0 if kind == "empty" else max(tensor.size(dim) - 1, 0))
 
 
-def _broken_value(draw: st.DrawFn, name: str, value: Any) -> Any:
-    if name in ("split_item", "group_type", "group_list_type", "act_type"):
-        return draw(st.sampled_from((None, -2, -1, 0, 1, 2, 3, 4, 5, 6)))
-    if name == "output_dtype":
-        return draw(st.sampled_from((None, *DTYPES, 1, 3, 5, 15, 99)))
-    if name == "group_list":
-        entries = draw(st.lists(st.integers(-1, 9), max_size=4))
-        return draw(st.sampled_from((None, entries, int64(entries), int64(entries).int(), int64([entries]), 3, "1")))
-    if not isinstance(value, list) or not value:
-        return draw(st.sampled_from((None, [], (), 1, torch.zeros(2), torch.zeros(()), [torch.zeros(0)])))
-    kind = draw(st.sampled_from(("none", "drop", "repeat", "tuple", "tensor", "one", "one")))
-    if kind == "one":
-        index = draw(st.integers(0, len(value) - 1))
-        return [*value[:index], _broken_tensor(draw, value[index]), *value[index + 1 :]]
-    return {"none": None, "drop": value[1:], "repeat": [*value, value[-1]], "tuple": tuple(value), "tensor": value[0]}[
-        kind
-    ]
+def _broken_list(draw: st.DrawFn, values: list[Any]) -> Any:
+    kind = draw(st.sampled_from(("none", "drop", "repeat", "tuple", "first", "one", "one")))
+    if kind == "one" and values:
+        index = draw(st.integers(0, len(values) - 1))
+        return [*values[:index], _broken(draw, values[index]), *values[index + 1 :]]
+    kinds = {"none": None, "drop": values[1:], "repeat": [*values, *values[-1:]], "tuple": tuple(values)}
+    return kinds.get(kind, values[0] if values else None)
 
 
-@settings(repeatable, max_examples=400)
-@given(call=matmul_calls(), data=st.data())
-def test_changed_matmuls_are_refused_or_right(call: dict[str, Any], data: st.DataObject) -> None:
-    args, kwargs = matmul_inputs(**call)
-    signature = inspect.signature(ops.npu_grouped_matmul)
-    named = dict(signature.bind(*args, **kwargs).arguments)
-    names = [name for name in signature.parameters if not name.endswith("_dtype") or name == "output_dtype"]
-    draw = data.draw
-    for name in draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True)):
-        if name == "tuning_config":
-            named[name] = draw(st.sampled_from(([], [1], [-1], None)))
-        else:
-            named[name] = _broken_value(draw, name, named.get(name))
-    bound = signature.bind(**named)
-    try:
-        ops.npu_grouped_matmul(*bound.args, **bound.kwargs)
-    except ops.OperatorError:
-        return
-    assert_equals_reference(as_sample((bound.args, bound.kwargs)))
+def _broken(draw: st.DrawFn, value: Any) -> Any:
+    """Something else than `value`, often of its kind."""
+    if isinstance(value, Tensor):
+        return _broken_tensor(draw, value)
+    if isinstance(value, (list, tuple)):
+        return _broken_list(draw, list(value))
+    if isinstance(value, bool):
+        return draw(st.sampled_from((not value, None, "yes")))
+    if isinstance(value, int):
+        return draw(st.sampled_from((None, -2, -1, 0, 1, 2, 3, 4, 5, 6, value + 1, value - 1, 1.5, "1")))
+    if isinstance(value, float):
+        return draw(st.sampled_from((None, 0.0, -value, value + 1, 2, "1.0")))
+    if isinstance(value, str):
+        return draw(st.sampled_from((None, "", value + "x", 1)))
+    if isinstance(value, torch.dtype):
+        return draw(st.sampled_from((None, *DTYPES, torch.quint4x2, 1, 3, 5, 15, 99)))
+    # an optional argument that was left out
+    return draw(
+        st.sampled_from(
+            (None, [], (), 1, 0, -1, True, "a", torch.zeros(2), torch.zeros(()), [torch.zeros(0)], torch.float16, [1])
+        )
+    )
+
+
+BY_OPERATOR = {name: [sample for sample in SAMPLES if sample.op_name == name] for name in DRAWS}
+
+
+@EXAMPLES
+@pytest.mark.parametrize("name", sorted(DRAWS))
+def test_changed_calls_are_refused_or_right(name: str, examples: int) -> None:
+    signature = inspect.signature(getattr(ops, name))
+
+    def property(data: st.DataObject) -> None:
+        draw = data.draw
+        inputs = DRAWS[name](draw) if draw(st.booleans()) else draw(st.sampled_from(BY_OPERATOR[name])).make()
+        named = dict(signature.bind(*inputs[0], **inputs[1]).arguments)
+        chosen = draw(st.lists(st.sampled_from(list(signature.parameters)), min_size=1, max_size=2, unique=True))
+        for argument in chosen:
+            default = signature.parameters[argument].default
+            named[argument] = _broken(draw, named.get(argument, default))
+        bound = signature.bind(**named)
+        try:
+            getattr(ops, name)(*bound.args, **bound.kwargs)
+        except ops.OperatorError:
+            return
+        assert_equals_reference(as_sample(name, (bound.args, bound.kwargs)))
+
+    run(property, 3 * examples)
+
+
+# --- relations between operators -------------------------------------------------------------------------------------
 
 
 @repeatable
-@given(call=matmul_calls().filter(lambda call: call["scenario"] in ("sss", "sms")))
-def test_counts_and_cumulative_sums_are_the_same(call: dict[str, Any]) -> None:
+@given(data=st.data())
+def test_counts_and_cumulative_sums_are_the_same(data: st.DataObject) -> None:
+    call = data.draw(matmul_calls().filter(lambda call: call["scenario"] in ("sss", "sms")))
     (x, weight), options = matmul_inputs(**{**call, "group_list_type": 1})
     (by_counts,) = ops.npu_grouped_matmul(x, weight, **options)
     ends = options["group_list"].cumsum(0)

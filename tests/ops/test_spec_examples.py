@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_npu import ops
-from tests.helpers import reference
 from tests.helpers.assertions import assert_bits_equal
+from tests.helpers.reference import common, gating, matmul, permute, quantize, swiglu
 
 HALF_DTYPES = [torch.float16, torch.bfloat16]
 FLOAT_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -29,46 +29,46 @@ class _Reference:
 
     def npu_grouped_matmul(self, x: list[Tensor], weight: list[Tensor], **options: Any) -> list[Tensor]:
         dtype = options.get("output_dtype") or x[0].dtype
-        return [_cast(y, dtype) for y in reference.grouped_matmul(x, weight, **options)]
+        return [_cast(y, dtype) for y in matmul.grouped_matmul(x, weight, **options)]
 
     def npu_convert_weight_to_int4pack(self, weight: Tensor, inner_k_tiles: int = 0) -> Tensor:
-        return reference.pack_int4(weight)
+        return common.pack_int4(weight)
 
     def npu_dynamic_quant(self, input: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        y, scale = reference.dynamic_quant(input, **options)
+        y, scale = quantize.dynamic_quant(input, **options)
         return y, scale.float()
 
     def npu_swiglu(self, input: Tensor, dim: int = -1) -> Tensor:
-        return _cast(reference.swiglu(input, dim), input.dtype)
+        return _cast(swiglu.swiglu(input, dim), input.dtype)
 
     def swiglu_grad(self, grad: Tensor, input: Tensor, dim: int = -1) -> Tensor:
-        return _cast(reference.swiglu_backward(grad, input, dim), input.dtype)
+        return _cast(swiglu.swiglu_backward(grad, input, dim), input.dtype)
 
     def npu_moe_gating_top_k_softmax(
         self, x: Tensor, finished: Tensor | None = None, k: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, expert_idx, row_idx = reference.moe_gating_top_k_softmax(x, finished, k)
+        y, expert_idx, row_idx = gating.moe_gating_top_k_softmax(x, finished, k)
         return _cast(y, x.dtype), expert_idx, row_idx
 
     def npu_moe_token_permute(
         self, tokens: Tensor, indices: Tensor, num_out_tokens: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        permuted, sorted_indices = reference.moe_token_permute(tokens, indices, num_out_tokens)
+        permuted, sorted_indices = permute.moe_token_permute(tokens, indices, num_out_tokens)
         return _cast(permuted, tokens.dtype), sorted_indices
 
     def npu_moe_token_unpermute(
         self, permuted_tokens: Tensor, sorted_indices: Tensor, probs: Tensor | None = None
     ) -> Tensor:
-        return _cast(reference.moe_token_unpermute(permuted_tokens, sorted_indices, probs), permuted_tokens.dtype)
+        return _cast(permute.moe_token_unpermute(permuted_tokens, sorted_indices, probs), permuted_tokens.dtype)
 
     def permute_grad(self, grad: Tensor, tokens: Tensor, indices: Tensor, num_out_tokens: int | None) -> Tensor:
-        sorted_indices = reference.moe_token_permute(tokens, indices, num_out_tokens)[1]
-        return _cast(reference.moe_token_permute_grad(grad, sorted_indices, tokens.shape[0]), tokens.dtype)
+        sorted_indices = permute.moe_token_permute(tokens, indices, num_out_tokens)[1]
+        return _cast(permute.moe_token_permute_grad(grad, sorted_indices, tokens.shape[0]), tokens.dtype)
 
     def unpermute_grad(
         self, grad: Tensor, permuted_tokens: Tensor, sorted_indices: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        grad_permuted, grad_probs = reference.moe_token_unpermute_grad(permuted_tokens, grad, sorted_indices, probs)
+        grad_permuted, grad_probs = permute.moe_token_unpermute_grad(permuted_tokens, grad, sorted_indices, probs)
         assert grad_probs is not None
         return _cast(grad_permuted, permuted_tokens.dtype), _cast(grad_probs, probs.dtype)
 
@@ -135,7 +135,7 @@ PACKINGS = [
 @pytest.mark.parametrize(("values", "word"), PACKINGS)
 def test_int4_packing(impl: Any, values: list[int], word: int) -> None:
     assert_bits_equal(impl.npu_convert_weight_to_int4pack(_int32([values])), _int32([[word]]))
-    assert_bits_equal(reference.unpack_int4(_int32([[word]])), _int8([values]))
+    assert_bits_equal(common.unpack_int4(_int32([[word]])), _int8([values]))
 
 
 @pytest.mark.parametrize(("values", "word"), PACKINGS)
@@ -230,7 +230,7 @@ def test_counts_and_cumsum_of_nine_groups_are_equivalent(impl: Any) -> None:
     cumsum = [123, 123, 456, 456, 456, 789, 789, 789, 789]
     x = (torch.arange(789 * 2).reshape(789, 2) % 7 - 3).half()
     weight = (torch.arange(9 * 2 * 3).reshape(9, 2, 3) % 11 - 5).half()
-    expected = reference.grouped_mm(x, weight, _int64(counts)).half()
+    expected = matmul.grouped_mm(x, weight, _int64(counts)).half()
     for group_list, kind in ((counts, 1), (cumsum, 0)):
         y = impl.npu_grouped_matmul(
             [x], [weight], group_list=_int64(group_list), group_type=0, group_list_type=kind, split_item=2
@@ -337,9 +337,9 @@ def _scale_word(scale: float, offset: int = 0, *, low_bits: int = 0, signed: boo
 def test_hand_built_scale_words() -> None:
     assert _scale_word(0.1) == 70369781006336
     assert _scale_word(0.5, -2) == 140463667412992
-    assert reference.decode_scale_word(70369781006336) == (0.0999755859375, 0)
-    assert reference.decode_scale_word(70507248869376) == (1.0458984375, 1)
-    assert reference.decode_scale_word(140463653937152) == (0.1741943359375, -2)
+    assert common.decode_scale_word(70369781006336) == (0.0999755859375, 0)
+    assert common.decode_scale_word(70507248869376) == (1.0458984375, 1)
+    assert common.decode_scale_word(140463653937152) == (0.1741943359375, -2)
 
 
 @pytest.mark.parametrize(
@@ -492,7 +492,7 @@ def test_activations_on_the_per_token_path(impl: Any, act_type: int, values: lis
 @pytest.mark.parametrize(("act_type", "values"), ACTIVATIONS)
 def test_activations_of_the_reference_before_the_cast(act_type: int, values: list[float]) -> None:
     x, weight = _int8([[-6], [-2], [-1], [1], [2], [6]]), _int8([[[1, -1]]])
-    y = reference.grouped_matmul([x], [weight], **_activation_options(act_type))[0]
+    y = matmul.grouped_matmul([x], [weight], **_activation_options(act_type))[0]
     _assert_near(y, list(zip(values, values[::-1], strict=True)), torch.float64)
 
 
@@ -563,9 +563,9 @@ def test_grouped_matmul_gradients_from_two_grouped_matmuls(impl: Any, dtype: tor
 def test_grouped_mm_references_give_the_gradient_example() -> None:
     weight = torch.tensor([[[1.0, 0], [0, 1]], [[1, 1], [1, 1]]])
     x, dy, counts = torch.tensor([[1.0, 2], [3, 4], [5, 6]]), torch.ones(3, 2), _int64([1, 2])
-    dx = reference.grouped_mm(dy, weight.transpose(1, 2), counts)
+    dx = matmul.grouped_mm(dy, weight.transpose(1, 2), counts)
     assert_bits_equal(dx, torch.tensor([[1, 1], [2, 2], [2, 2]], dtype=torch.float64))
-    dw = reference.grouped_mm_weight_grad(x, dy, counts)
+    dw = matmul.grouped_mm_weight_grad(x, dy, counts)
     assert_bits_equal(dw, torch.tensor([[[1, 1], [2, 2]], [[8, 8], [10, 10]]], dtype=torch.float64))
 
 
@@ -631,7 +631,7 @@ def test_dynamic_quant_to_int4(impl: Any, dtype: torch.dtype) -> None:
     rows = torch.tensor([row * 2 for row in QUANT_ROWS], dtype=dtype)  # packing needs eight columns
     y, scale = impl.npu_dynamic_quant(rows, dst_type=torch.quint4x2)
     expected = [[2, -4, 5, 7], [0, 0, 0, 0], [-7, 0, 2, 1]]
-    assert_bits_equal(y, reference.pack_int4(_int8([row * 2 for row in expected])))
+    assert_bits_equal(y, common.pack_int4(_int8([row * 2 for row in expected])))
     torch.testing.assert_close(scale, torch.tensor([0.5714286, 0, 1.1428572]), rtol=1e-6, atol=0)
 
 

@@ -1,0 +1,1 @@
+"""References of the distributed operators in a world of one rank."""

@@ -1,0 +1,1 @@
+"""References of the grouped matmuls fused with what follows them."""

@@ -1,0 +1,1 @@
+"""References of gating by groups, its gradient, and replica choice."""

@@ -1,0 +1,1 @@
+"""References of routing on one device: init, re-routing, finalize."""

@@ -1,0 +1,1 @@
+"""References of permute and unpermute by a routing map."""

@@ -1,0 +1,1 @@
+"""References of SwiGLU with quantization."""

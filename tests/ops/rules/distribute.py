@@ -1,0 +1,12 @@
+"""Rules of the distributed operators in a world of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.ops.rules.base import Rule
+
+RULES: list[Rule] = []
+
+LEGAL: list[Callable[[], Any]] = []
