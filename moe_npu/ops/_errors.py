@@ -80,3 +80,9 @@ def require_dim(op: str, argument: str, tensor: torch.Tensor, allowed: Sequence[
     if tensor.dim() not in allowed:
         ranks = " or ".join(str(rank) for rank in allowed)
         reject(f"{op}: {argument} must have {ranks} dimensions, but has shape {tuple(tensor.shape)}")
+
+
+def require_no_gradient(op: str, argument: str, tensor: torch.Tensor | None) -> None:
+    """Raise where a gradient is asked for that the operator does not have: it would silently never arrive."""
+    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        reject(f"{op}: {argument} requires a gradient, but has none; detach it")

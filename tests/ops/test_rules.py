@@ -30,7 +30,7 @@ def test_the_calls_are_legal_without_the_change() -> None:
 
 # --- every rule is broken above --------------------------------------------------------------------------------------
 
-CHECKS = {"require", "reject", "require_dtype", "require_dim", "require_device"}
+CHECKS = {"require", "reject", "require_dtype", "require_dim", "require_device", "require_no_gradient"}
 FOLDER = Path(ops.__file__).parent
 
 
