@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -16,7 +17,7 @@ import torch
 import typer
 
 import moe_npu
-from moe_npu import cli
+from moe_npu import cli, ops
 from tests.quant.test_convert import qwen
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +52,32 @@ def test_readme_has_only_blocks_that_are_tested() -> None:
 def test_python_block_of_readme(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(PYTHON[number], f"README.md block {number}", "exec"), {"__name__": "readme"})
+
+
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_blocks_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = BLOCK.findall(page.read_text())
+    assert {language for language, _ in blocks} <= {"python", "text", "bash"}
+    for number, (language, text) in enumerate(blocks):
+        if language == "python":
+            exec(compile(text, f"{page.name} block {number}", "exec"), {"__name__": "page"})
+
+
+def test_every_operator_has_its_place_in_the_pages() -> None:
+    headings = [line for page in PAGES for line in page.read_text().splitlines() if line.startswith("#")]
+    for name in ops.__all__:
+        if inspect.isfunction(getattr(ops, name)) and name not in ("npu_lowerings", "register_kernel"):
+            assert any(f"`{name}`" in heading for heading in headings), f"{name} has no heading in docs/"
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_shell_blocks_of_readme_name_commands_and_extras_that_exist() -> None:

@@ -1,0 +1,33 @@
+"""``python -m moe_npu.ops``: what each operator can do, from the tables that register and check them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from moe_npu import ops
+from moe_npu.ops._library import REGISTRATIONS
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    lines.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def operators() -> str:
+    """One line per public operator."""
+    rows = []
+    for name, registration in REGISTRATIONS.items():
+        if name not in ops.__all__:
+            continue
+        gradient = ", ".join(registration.differentiable) or "-"
+        tracing = "fullgraph, export, npu graph" if registration.is_lowered else "fullgraph, export"
+        rows.append((name, "exact", "kernel", gradient, tracing))
+    return _table(("operator", "CPU", "NPU", "gradient", "compile"), sorted(rows))
+
+
+if __name__ == "__main__":
+    print(operators())
