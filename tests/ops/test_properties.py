@@ -11,12 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moe_npu import ops
 from tests.helpers.assertions import assert_bits_equal, assert_close
 from tests.ops.samples import DRAWS, SAMPLES
-from tests.ops.samples.base import Inputs, Sample
+from tests.ops.samples.base import Inputs, Sample, relayout
 from tests.ops.samples.grouped_matmul import matmul_calls, matmul_inputs
 from tests.ops.test_battery import assert_equals_reference
 
@@ -32,7 +32,8 @@ def run(property: Callable[[st.DataObject], None], examples: int) -> None:
 
 
 def as_sample(name: str, inputs: Inputs) -> Sample:
-    return Sample(name, "drawn", lambda: inputs, reduction=24)
+    # a copy at each call: the operator may work in place
+    return Sample(name, "drawn", lambda: tree_map_only(Tensor, lambda t: relayout(t, t.dtype), inputs), reduction=24)
 
 
 @EXAMPLES
@@ -122,9 +123,11 @@ def test_changed_calls_are_refused_or_right(name: str, examples: int) -> None:
             named[argument] = _broken(draw, named.get(argument, default))
         bound = signature.bind(**named)
         try:
-            getattr(ops, name)(*bound.args, **bound.kwargs)
+            results = tree_leaves(getattr(ops, name)(*bound.args, **bound.kwargs))
         except ops.OperatorError:
             return
+        if any(isinstance(result, Tensor) and result.is_meta for result in results):
+            return  # legal, for tensors that all happen to be without values
         assert_equals_reference(as_sample(name, (bound.args, bound.kwargs)))
 
     run(property, 3 * examples)
@@ -136,7 +139,9 @@ def test_changed_calls_are_refused_or_right(name: str, examples: int) -> None:
 @repeatable
 @given(data=st.data())
 def test_counts_and_cumulative_sums_are_the_same(data: st.DataObject) -> None:
-    call = data.draw(matmul_calls().filter(lambda call: call["scenario"] in ("sss", "sms")))
+    # int8 x int4 takes counts only
+    legal = matmul_calls().filter(lambda call: call["scenario"] in ("sss", "sms") and "a8w4" not in call["row"])
+    call = data.draw(legal)
     (x, weight), options = matmul_inputs(**{**call, "group_list_type": 1})
     (by_counts,) = ops.npu_grouped_matmul(x, weight, **options)
     ends = options["group_list"].cumsum(0)
