@@ -46,6 +46,8 @@ def _cpu(input: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _npu(input: torch.Tensor, dim: int) -> torch.Tensor:
+    if input.numel() == 0:
+        return _fake(input, dim)
     return torch.ops.npu.npu_swiglu(input, dim)
 
 
@@ -76,6 +78,8 @@ def _backward_cpu(grad_output: torch.Tensor, input: torch.Tensor, dim: int) -> t
 
 
 def _backward_npu(grad_output: torch.Tensor, input: torch.Tensor, dim: int) -> torch.Tensor:
+    if input.numel() == 0:
+        return _backward_fake(grad_output, input, dim)
     # contiguous: the shape function of torch_npu repeats the strides of input, the kernel does not
     return torch.ops.npu.npu_swiglu_backward(grad_output.contiguous(), input.contiguous(), dim)
 
