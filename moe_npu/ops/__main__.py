@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from moe_npu import ops
+from moe_npu.ops._grouped_matmul_rows import HEADER, ROWS
 from moe_npu.ops._library import REGISTRATIONS
 
 
@@ -29,5 +30,12 @@ def operators() -> str:
     return _table(("operator", "CPU", "NPU", "gradient", "compile"), sorted(rows))
 
 
+def grouped_matmul_rows() -> str:
+    """One line per combination of dtypes that `npu_grouped_matmul` takes."""
+    return _table(HEADER, [row.cells() for row in ROWS])
+
+
 if __name__ == "__main__":
     print(operators())
+    print("\nnpu_grouped_matmul takes:\n")
+    print(grouped_matmul_rows())

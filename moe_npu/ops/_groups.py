@@ -11,6 +11,8 @@ from moe_npu.ops._errors import reject, require
 
 CUMSUM = 0
 COUNTS = 1
+# [E, 2]: group and size in the order of the rows, up to the first size that is not positive
+PAIRS = 2
 
 
 class Group(NamedTuple):
@@ -22,7 +24,7 @@ class Group(NamedTuple):
 
 
 def counts_from(group_list: torch.Tensor, group_list_type: int) -> torch.Tensor:
-    """Per-group sizes ``[E]``, on the device of ``group_list`` and without a host read."""
+    """Per-group sizes ``[E]``, on the device of ``group_list`` and without a host read; not of pairs."""
     if group_list_type == COUNTS:
         return group_list
     return torch.diff(group_list, prepend=group_list.new_zeros(1))
@@ -32,8 +34,11 @@ def row_groups(op: str, group_list: torch.Tensor, group_list_type: int, num_rows
     """The groups that have rows, in row order. Reads the values of ``group_list``: CPU kernels only.
 
     Raises:
-        OperatorError: a negative or decreasing entry, or more rows in the groups than there are.
+        OperatorError: a negative or decreasing entry, or more rows in the groups than there are; in pairs
+            also a group that does not exist or comes twice.
     """
+    if group_list_type == PAIRS:
+        return _pair_groups(op, group_list.tolist(), num_rows)
     values: list[int] = group_list.tolist()
     if group_list_type == COUNTS:
         if values and min(values) < 0:
@@ -66,8 +71,31 @@ def _groups_between(op: str, ends: list[int], num_rows: int) -> list[Group]:
             )
             groups.append(Group(index, start, end))
             start = end
-    require(
-        start <= num_rows,
-        f"{op}: group_list covers {start} rows but there are only {num_rows}; rows must cover the groups",
-    )
+    _check_rows(op, start, num_rows)
     return groups
+
+
+def _pair_groups(op: str, pairs: list[list[int]], num_rows: int) -> list[Group]:
+    groups: list[Group] = []
+    end, seen = 0, set()
+    for _, size in pairs:
+        require(size >= 0, f"{op}: group_list sizes should be larger than or equal to 0, but are {pairs}")
+    for group, size in pairs:
+        if size == 0:  # the end; producers pad with zeros, so the rest may name one group again and again
+            break
+        require(
+            0 <= group < len(pairs) and group not in seen,
+            f"{op}: group_list must name each of the groups 0 to {len(pairs) - 1} once at most, but is {pairs}",
+        )
+        seen.add(group)
+        groups.append(Group(group, end, end + size))
+        end += size
+    _check_rows(op, end, num_rows)
+    return groups
+
+
+def _check_rows(op: str, covered: int, num_rows: int) -> None:
+    require(
+        covered <= num_rows,
+        f"{op}: group_list covers {covered} rows but there are only {num_rows}; rows must cover the groups",
+    )

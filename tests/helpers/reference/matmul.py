@@ -108,6 +108,58 @@ def _int8_rows(
     return activation(torch.from_numpy(value), act_type)
 
 
+def _int4_rows(x: np.ndarray, weight: np.ndarray, words: Tensor) -> np.ndarray:
+    """spec: A4W4 1.8.7. float16 sums over the groups of K, in order; x [m,K], weight [K,N] int64, words [G,N]."""
+    groups, columns = words.shape
+    length = weight.shape[0] // groups
+    total = np.zeros((x.shape[0], columns), dtype=np.float16)
+    with np.errstate(over="ignore"):
+        for q in range(groups):
+            terms = slice(q * length, (q + 1) * length)
+            factors = np.array([decode_scale_word(int(word))[0] for word in words[q]], dtype=np.float32)
+            scaled = (x[:, terms] @ weight[terms]).astype(np.float32) * factors
+            total = scaled.astype(np.float16) if q == 0 else total + scaled.astype(np.float16)
+    return total
+
+
+def _packed_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    words: Tensor,
+    offset: Tensor | None,
+    per_token: Tensor | None,
+    output_dtype: torch.dtype,
+) -> Tensor:
+    """spec: A4W4 1.8.7 and A8W4 1.8.8, exact to the last bit: float32 steps in their fixed order, one final cast."""
+    words = words[None] if words.dim() == 1 else words
+    matrix = unpack_int4(weight).numpy().astype(np.int64)
+    if x.dtype == torch.int32:
+        value = _int4_rows(unpack_int4(x).numpy().astype(np.int64), matrix, words).astype(np.float32)
+    else:
+        values = x.numpy().astype(np.int64)
+        high, low = values // 16, values % 16 - 8
+        assert bias is not None
+        value = np.float32(16) * _int4_rows(high, matrix, words).astype(np.float32)
+        value = value + _int4_rows(low, matrix, words).astype(np.float32)
+        value = value + bias.numpy()
+        if offset is not None:
+            value = value + values.sum(1, keepdims=True).astype(np.float32) * offset.reshape(1, -1).numpy()
+    if per_token is not None:
+        value = value * per_token.reshape(-1, 1).numpy()
+    return torch.from_numpy(value).to(output_dtype)
+
+
+def _sparse_pairs(pairs: Tensor) -> list[tuple[int, int]]:
+    """spec: group lists 0.6, type 2. The pairs in front of the first size of zero, then pairs without rows."""
+    processed = []
+    for group, size in pairs.tolist():
+        if size <= 0:
+            break
+        processed.append((group, size))
+    return processed + [(0, 0)] * (len(pairs) - len(processed))
+
+
 def _k_split(x: Tensor, weight: Tensor, ends: list[int]) -> Tensor:
     """spec: K split 1.8.2. A sum of outer products per group, zeros for an empty group."""
     result = torch.zeros(len(ends), x.shape[0], weight.shape[1], dtype=torch.float64)
@@ -136,14 +188,19 @@ def grouped_matmul(
     act_type: int | None = 0,
     output_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """spec: grouped matmul 1.4, 1.5, 1.8 and 1.9, dtype rows 1-13.
+    """spec: grouped matmul 1.4, 1.5, 1.8 and 1.9, dtype rows 1-16.
 
     A list of ints selects the List overload (prefix sums; group_type is ignored), anything else the Tensor overload.
     """
-    assert _present(offset) is None, "offset belongs to no dtype row covered here"
     list_overload = isinstance(group_list, (list, tuple))
     if list_overload and len(group_list) == 0:
         group_list = None
+    order: list[int] | None = None
+    if group_list_type == 2 and group_list is not None:
+        assert isinstance(group_list, Tensor)
+        pairs = _sparse_pairs(group_list)
+        order = [group for group, _ in pairs]
+        group_list, group_list_type = torch.tensor([size for _, size in pairs]), 1
     ends = None if group_list is None else group_ends(group_list, 0 if list_overload else group_list_type or 0)
     if not list_overload and group_type == 2:
         assert ends is not None
@@ -153,6 +210,7 @@ def grouped_matmul(
     weights = [weight[0][g] for g in range(weight[0].shape[0])] if stacked else list(weight)
     biases = _per_group(bias, stacked, len(weights))
     scales = _per_group(scale, stacked, len(weights))
+    offsets = _per_group(offset, stacked, len(weights))
     antiquant_scales = _per_group(antiquant_scale, stacked, len(weights))
     antiquant_offsets = _per_group(antiquant_offset, stacked, len(weights))
     per_token = _present(per_token_scale)
@@ -169,13 +227,21 @@ def grouped_matmul(
 
     outputs: list[Tensor] = []
     row = 0
-    for group, rows in enumerate(pieces):
+    for piece, rows in enumerate(pieces):
+        group = piece if order is None or len(x) > 1 else order[piece]
         matrix = weights[group]
+        factors = None if per_token is None else per_token[0].reshape(-1)[row : row + rows.shape[0]]
+        if matrix.dtype == torch.int32 and not rows.is_floating_point():
+            words, y_dtype = scales[group], output_dtype
+            assert words is not None
+            assert y_dtype is not None
+            outputs.append(_packed_rows(rows, matrix, biases[group], words, offsets[group], factors, y_dtype))
+            row += rows.shape[0]
+            continue
         if matrix.dtype == torch.int32:  # packed along N, or a view that is packed along K
             packed_n = matrix.shape[0] == rows.shape[1]
             matrix = unpack_int4(matrix) if packed_n else unpack_int4(matrix.t()).t()
         if rows.dtype == torch.int8:
-            factors = None if per_token is None else per_token[0].reshape(-1)[row : row + rows.shape[0]]
             y_dtype = torch.int8 if output_dtype is None else output_dtype
             y = _int8_rows(rows, matrix, biases[group], scales[group], factors, act_type or 0, y_dtype)
         elif antiquant_scales[group] is not None:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from moe_npu import ops
-from tests.ops.rules.base import BF16, F16, I8, I32, I64, Rule, int64, ints, zeros
+from tests.ops.rules.base import BF16, F16, F32, I8, I32, I64, Rule, int64, ints, zeros
 from tests.ops.samples.grouped_matmul import matmul_inputs, scale_words
 
 
 def matmul(*call: str, x: Any = None, weight: Any = None, **changes: Any) -> Callable[[], Any]:
     """A legal call (scenario and dtype row; float32 with one stacked weight if not given), some arguments changed."""
     scenario, row = call or ("sss", "float32")
-    args, kwargs = matmul_inputs(scenario, row, (2, 3), k=changes.pop("k", 8))
+    args, kwargs = matmul_inputs(scenario, row, (2, 3), k=changes.pop("k", None))
     return lambda: ops.npu_grouped_matmul(
         args[0] if x is None else x, args[1] if weight is None else weight, **{**kwargs, **changes}
     )
@@ -27,6 +27,21 @@ K_SPLIT = "k-split", "float32"
 INTS = "ints-smm", "float32"
 W4 = "sss", "int4-weight-float16"
 PER_TOKEN = "sss", "per-token-float16"
+ACCUMULATORS = "sss", "accumulators"
+A4W4 = "sss", "a4w4-float16"
+A8W4 = "sss", "a8w4-float16"
+ASYMMETRIC = "sss", "a8w4-asymmetric"
+
+
+def tiled(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    """Zeros in the format FRACTAL_NZ."""
+    return ops.npu_format_cast(zeros(*shape, dtype=dtype), 29)
+
+
+def pairs(*group_list: list[int], **changes: Any) -> Callable[[], Any]:
+    """Int8 products of pairs of group and size, of five rows."""
+    return matmul(*ACCUMULATORS, group_list=int64(group_list), group_list_type=2, **changes)
+
 
 RULES: list[Rule] = [
     ("x-is-a-tensor", matmul(x=zeros(5, 8)), "x must be a list of tensors, but is Tensor"),
@@ -48,8 +63,8 @@ RULES: list[Rule] = [
     ),
     ("split-item-4", matmul(split_item=4), "should only be one of 0/1/2/3"),
     ("act-type-3", matmul(*PER_TOKEN, act_type=3), "act_type must be 0, 1, 2, 4 or 5, but is 3"),
-    ("group-list-type-2", matmul(group_list_type=2), "group_list_type must be 0 (cumulative sums) or 1 (counts)"),
-    ("offset", matmul(offset=[zeros(2, 16)]), "offset must be None"),
+    ("group-list-type-3", matmul(group_list_type=3), "group_list_type must be 0 (cumulative sums), 1 (counts) or 2"),
+    ("129-biases", matmul(bias=[zeros(16)] * 129), "bias has 129 tensors; at most 128 are allowed"),
     ("activation-input", matmul(activation_input=[zeros(1)]), "activation_input must be None"),
     ("activation-quant-scale", matmul(activation_quant_scale=[zeros(1)]), "activation_quant_scale must be None"),
     ("activation-quant-offset", matmul(activation_quant_offset=[zeros(1)]), "activation_quant_offset must be None"),
@@ -63,6 +78,12 @@ RULES: list[Rule] = [
     ("ints-counts", matmul(*INTS, group_list_type=1), "group_list_type must be None or 0, but is 1"),
     ("ints-act-type", matmul(*INTS, act_type=1), "act_type must be None or 0, but is 1"),
     ("ints-per-token", matmul(*INTS, per_token_scale=[zeros(5)]), "per_token_scale must be None when group_list"),
+    ("ints-tuning-config", matmul(*INTS, tuning_config=[1]), "tuning_config must be None when group_list is a list"),
+    (
+        "ints-transposed-pairs",
+        matmul("ints-mmm", "float32", weight=[zeros(16, 16).t(), zeros(24, 8).t()]),
+        "weight must not be transposed when group_list is a list of ints and each x has its own weight",
+    ),
     ("ints-are-floats", matmul(*INTS, group_list=[2, 5.0]), "group_list[1] must be an int, but is float"),
     ("ints-negative", matmul(*INTS, group_list=[-1, 5]), "should be larger than or equal to 0"),
     ("ints-decrease", matmul(*INTS, group_list=[3, 2]), "should be larger than or equal to 0"),
@@ -80,26 +101,39 @@ RULES: list[Rule] = [
     ("other-device", matmul(weight=[zeros(2, 8, 16, device="meta")]), "weight[0] is on meta but x[0] is on cpu"),
     ("float-x-half-weight", matmul(weight=[zeros(2, 8, 16, dtype=F16)]), "x of float32 with weight of float16 is not"),
     ("float-with-scale", matmul(scale=[zeros(2, 16)]), "no kernel for x float32, weight float32, scale float32"),
-    ("int8-without-scale", matmul("sss", "int8-to-int8", scale=None), "no kernel for x int8, weight int8, scale None"),
+    ("int8-without-scale", matmul("sss", "int8-to-int8", scale=None), "no kernel for x int8, weight int8, scale -"),
     ("float32-scale-for-bfloat16", matmul("sss", "int8-to-float16", output_dtype=BF16), "no kernel for x int8, weight"),
     ("accumulators-per-token", matmul("sss", "accumulators", per_token_scale=[zeros(5)]), "no kernel for x int8"),
-    ("antiquant-offset-missing", matmul(*W4, antiquant_offset=None), "no kernel for x float16, weight int32"),
+    ("antiquant-offset-missing", matmul(*W4, antiquant_offset=None), "no kernel for x float16, weight int4"),
+    (
+        "offset-of-floats",
+        matmul(offset=[zeros(2, 16)]),
+        "no kernel for x float32, weight float32, scale -, offset float",
+    ),
+    ("a4w4-without-output-dtype", matmul(*A4W4, output_dtype=None), "no kernel for x int4, weight int4"),
+    ("a4w4-without-scale", matmul(*A4W4, scale=None), "no kernel for x int4, weight int4, scale -"),
+    ("a8w4-without-per-token", matmul(*A8W4, per_token_scale=None), "no kernel for x int8, weight int4"),
+    ("a8w4-float32-scale", matmul(*A8W4, scale=[zeros(2, 1, 16)]), "no kernel for x int8, weight int4, scale float32"),
+    ("asymmetric-to-bfloat16", matmul(*ASYMMETRIC, output_dtype=BF16), "no kernel for x int8, weight int4"),
+    ("a8w4-without-bias", matmul(*A8W4, bias=None), "bias must have dtype float32 for x int8, weight int4"),
+    ("a4w4-bias", matmul(*A4W4, bias=[zeros(2, 16)]), "bias must have dtype - for x int4, weight int4"),
+    ("activated-a8w4", matmul(*A8W4, act_type=1), "act_type must be 0 for x int8, weight int4 and result float16"),
     (
         "bias-dtype",
         matmul("sss", "bfloat16", bias=[zeros(2, 16, dtype=BF16)]),
-        "bias must have dtype float32 for x bfl",
+        "bias must have dtype - or float32 for x bfloat16",
     ),
     (
         "bfloat16-bias-without-per-token",
         matmul("sss", "int8-to-bfloat16", bias=[zeros(2, 16, dtype=BF16)]),
-        "bias must have dtype int32",
+        "bias must have dtype - or int32",
     ),
-    ("activated-float", matmul(act_type=1), "act_type must be 0 for x float32, weight float32 and result float32"),
+    ("activated-float", matmul(act_type=1), "act_type must be 0 for x float32, weight float32 and result"),
     ("activated-accumulators", matmul("sss", "accumulators", act_type=5), "only int8 products with a float result"),
     (
         "gradient-of-scale",
         matmul("sss", "int8-to-float16", scale=[torch.ones(2, 16, requires_grad=True)]),
-        "scale[0] requires a gradient, but has none for weight of int8; detach it",
+        "scale[0] requires a gradient, but has none; detach it",
     ),
     (
         "gradient-of-int8-bias",
@@ -111,9 +145,38 @@ RULES: list[Rule] = [
         matmul(*W4, antiquant_offset=[torch.ones(2, 16, dtype=F16, requires_grad=True)]),
         "antiquant_offset[0] requires a gradient",
     ),
+    (
+        "gradient-of-a8w4-bias",
+        matmul(*A8W4, bias=[torch.ones(2, 16, requires_grad=True)]),
+        "bias[0] requires a gradient, but has none",
+    ),
+    (
+        "gradient-of-offset",
+        matmul(*ASYMMETRIC, offset=[torch.ones(2, 1, 16, requires_grad=True)]),
+        "offset[0] requires a gradient, but has none",
+    ),
     # scenarios
-    ("int32-group-list", matmul(group_list=ints(2, 5)), "group_list must be a 1-D int64 tensor, but is 1-D int32"),
-    ("2d-group-list", matmul(group_list=zeros(2, 2, dtype=I64)), "group_list must be a 1-D int64 tensor, but is 2-D"),
+    ("int32-group-list", matmul(group_list=ints(2, 5)), "group_list must be a 1-D int64 tensor for group_list_type 0"),
+    ("2d-group-list", matmul(group_list=zeros(2, 2, dtype=I64)), "group_list must be a 1-D int64 tensor for group_li"),
+    (
+        "1d-pairs",
+        matmul(*ACCUMULATORS, group_list_type=2),
+        "group_list must be a 2-D int64 tensor for group_list_type 2",
+    ),
+    ("triples", pairs([0, 1, 2], [1, 1, 2]), "group_list must hold pairs of group and size, but has shape (2, 3)"),
+    ("pairs-of-floats", matmul(group_list_type=2), "group_list_type must be 0 or 1 for float products, but is 2"),
+    (
+        "pairs-without-grouping",
+        matmul("mmm", "int8-to-int8", group_list_type=2),
+        "group_list_type must be 0 or 1 unless group_type is 0",
+    ),
+    ("a4w4-pairs", matmul(*A4W4, group_list_type=2), "group_list_type must be 0 or 1 for A4W4 products, but is 2"),
+    ("a8w4-sums", matmul(*A8W4, group_list_type=0), "group_list_type must be 1 for A8W4 products, but is 0"),
+    (
+        "a4w4-weight-list",
+        matmul(*A4W4, weight=[zeros(8, 2, dtype=I32)] * 2, scale=[zeros(16, dtype=I64)] * 2),
+        "A4W4 products need x, weight and result, each one tensor (s) or a list (m), to be sss, but they are sms",
+    ),
     ("group-list-without-entries", matmul(group_list=int64([])), "group_list must have 1 to 1024 entries, but has 0"),
     ("1025-groups", matmul(group_list=zeros(1025, dtype=I64)), "group_list must have 1 to 1024 entries, but has 1025"),
     ("group-list-elsewhere", matmul(group_list=int64([2, 5]).to("meta")), "group_list is on meta but x[0] is on cpu"),
@@ -144,7 +207,7 @@ RULES: list[Rule] = [
     (
         "per-token-without-grouping",
         matmul("mmm", "int8-to-float16", per_token_scale=[zeros(5)]),
-        "per_token_scale needs group_type 0, one x and one result",
+        "per token products need x, weight and result, each one tensor (s) or a list (m), to be sss or sms, but they",
     ),
     # K split
     ("k-split-split-0", matmul(*K_SPLIT, split_item=0), "split_item must be 2 or 3 for group_type 2"),
@@ -178,7 +241,7 @@ RULES: list[Rule] = [
         "must be transposed views, or none",
     ),
     ("transposed-x", matmul(x=[zeros(8, 5).t()]), "x[0] must not be a transposed view"),
-    ("other-k", matmul(x=[zeros(5, 9)]), "x[0] has 9 columns but weight[0] has 8 rows (weight is [..., K, N])"),
+    ("other-k", matmul(x=[zeros(5, 9)]), "x[0] has 9 columns but weight[0] has 8 rows (weight is [..., K, N]"),
     ("other-k-in-a-list", matmul(*PAIRS, x=[zeros(2, 16), zeros(3, 9)]), "x[1] has 9 columns but weight[1] has 8 rows"),
     ("int8-without-k", matmul("sss", "int8-to-int8", k=0), "k must be a positive integer for int8 products, but is 0"),
     (
@@ -218,7 +281,7 @@ RULES: list[Rule] = [
             antiquant_scale=[zeros(2, 8, 16, dtype=F16)],
             antiquant_offset=[zeros(2, 8, 16, dtype=F16)],
         ),
-        "antiquant_scale[0] must cut K = 24 into groups of even length for a transposed weight",
+        "antiquant_scale[0] must cut K = 24 into groups of even length for int4 products and transposed weights",
     ),
     (
         "groups-of-two-lengths",
@@ -245,7 +308,77 @@ RULES: list[Rule] = [
         matmul(*PER_TOKEN, per_token_scale=[zeros(5, 1)]),
         "per_token_scale must have shape [5]",
     ),
+    # products of int4
+    (
+        "a4w4-other-k",
+        matmul(*A4W4, x=[zeros(5, 2, dtype=I32)]),
+        "x[0] has 16 columns but weight[0] has 8 rows (weight is [..., K, N], int4 values count one by one)",
+    ),
+    ("a4w4-packed-along-k", matmul(*A4W4, weight=[zeros(2, 16, 8, dtype=I32).mT]), "weight must not be a transposed"),
+    (
+        "a4w4-odd-groups",
+        matmul(*A4W4, scale=[zeros(2, 8, 16, dtype=I64)]),
+        "scale[0] must cut K = 8 into groups of even",
+    ),
+    ("a4w4-column-per-token", matmul(*A4W4, per_token_scale=[zeros(5, 1)]), "per_token_scale must have shape [5], one"),
+    ("a8w4-k-of-72", matmul(*A8W4, k=72), "K must be a multiple of 64 up to 18432 for A8W4, but is 72"),
+    (
+        "a8w4-long-k",
+        matmul(*A8W4, x=[zeros(5, 18496, dtype=I8)], weight=[zeros(2, 18496, 2, dtype=I32)]),
+        "K must be a multiple of 64 up to 18432 for A8W4, but is 18496",
+    ),
+    (
+        "asymmetric-groups",
+        matmul(*ASYMMETRIC, scale=[zeros(2, 2, 16, dtype=I64)]),
+        "scale[0] must have one group of K for A8W4 asymmetric, but has 2",
+    ),
+    (
+        "asymmetric-offset-groups",
+        matmul(*ASYMMETRIC, offset=[zeros(2, 2, 16)]),
+        "offset[0] must have one group of K for",
+    ),
+    (
+        "asymmetric-per-token-row",
+        matmul(*ASYMMETRIC, per_token_scale=[zeros(5)]),
+        "per_token_scale must have shape [5, 1] for A8W4 asymmetric, but has (5,)",
+    ),
+    # formats
+    (
+        "one-tiled-weight",
+        matmul(*PAIRS, weight=[zeros(16, 16), tiled(8, 24)]),
+        "all weights must have the format FRACTAL",
+    ),
+    (
+        "tiled-float32",
+        matmul(weight=[tiled(2, 8, 16)]),
+        "weight must not have the format FRACTAL_NZ for float in scenario",
+    ),
+    (
+        "tiled-int8-result",
+        matmul("sss", "int8-to-int8", weight=[tiled(2, 8, 16, dtype=I8)]),
+        "weight must not have the format FRACTAL_NZ for int8 result in scenario sss",
+    ),
+    (
+        "tiled-int4",
+        matmul(*W4, weight=[tiled(2, 8, 2, dtype=I32)]),
+        "weight must not have the format FRACTAL_NZ for A16W4 in scenario sss",
+    ),
+    (
+        "tiled-k-split",
+        matmul("k-split", "float16", weight=[tiled(5, 16, dtype=F16)]),
+        "weight must not have the format FRACTAL_NZ for float in scenario k-split",
+    ),
+    (
+        "tiled-a8w4-groups-of-128",
+        matmul(*A8W4, k=512, weight=[tiled(2, 512, 2, dtype=I32)], scale=[zeros(2, 4, 16, dtype=I64)]),
+        "scale must have one group of K, or groups of 256 rows, for weight of the format FRACTAL_NZ, but has 4 groups",
+    ),
     # values of the group list
+    ("negative-size", pairs([0, -1], [1, 2]), "group_list sizes should be larger than or equal to 0"),
+    ("pair-of-no-group", pairs([2, 1], [1, 2]), "group_list must name each of the groups 0 to 1 once at most"),
+    ("negative-group", pairs([-1, 1], [1, 2]), "group_list must name each of the groups 0 to 1 once at most"),
+    ("repeated-group", pairs([1, 1], [1, 2]), "group_list must name each of the groups 0 to 1 once at most"),
+    ("pairs-beyond-rows", pairs([1, 3], [0, 3]), "group_list covers 6 rows but there are only 5"),
     ("negative-count", matmul(group_list=int64([-1, 3]), group_list_type=1), "should be larger than or equal to 0"),
     ("decreasing", matmul(group_list=int64([3, 2])), "should be larger than or equal to 0"),
     ("negative-end", matmul(group_list=int64([-1, 2])), "should be larger than or equal to 0"),
@@ -259,7 +392,13 @@ RULES: list[Rule] = [
 
 LEGAL = [
     matmul(),
-    *[matmul(*call) for call in (PAIRS, LISTS, K_SPLIT, INTS, W4, PER_TOKEN)],
+    *[matmul(*call) for call in (PAIRS, LISTS, K_SPLIT, INTS, W4, PER_TOKEN, A4W4, A8W4, ASYMMETRIC)],
+    pairs([1, 2], [0, 3]),
+    matmul("sss", "float16", weight=[tiled(2, 8, 16, dtype=F16)]),
+    matmul(*ACCUMULATORS, weight=[tiled(2, 8, 16, dtype=I8)]),
+    matmul(*A8W4, k=512, weight=[tiled(2, 512, 2, dtype=I32)], scale=[zeros(2, 2, 16, dtype=I64)]),
+    matmul("ints-mmm", "float32"),
+    matmul("k-split", "float16"),
     matmul("ints-sms", "float32"),
     matmul("ints-mms", "float32"),
     matmul("sss", "int8-to-int8", scale=[scale_words(torch.ones(2, 16), torch.zeros(2, 16))]),

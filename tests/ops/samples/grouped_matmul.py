@@ -32,12 +32,27 @@ from tests.ops.samples.base import (
 class MatmulRow:
     """One legal combination of dtypes; `scale` and `antiquant` name how the parameters are made."""
 
-    x: torch.dtype
+    x: torch.dtype  # int32 holds int4
     weight: str  # float, int8, int4
-    bias: torch.dtype
+    bias: torch.dtype | None
     scale: torch.dtype | None = None
     per_token_scale: bool = False
     output_dtype: torch.dtype | None = None
+    offset: bool = False
+
+    @property
+    def is_int4_product(self) -> bool:
+        return self.weight == "int4" and not self.x.is_floating_point
+
+    @property
+    def needs_bias(self) -> bool:
+        return self.is_int4_product and self.x == torch.int8
+
+    @property
+    def group_list_types(self) -> tuple[int, ...]:
+        if self.needs_bias:
+            return (1,)
+        return (0, 1, 2) if (self.x, self.weight) == (torch.int8, "int8") else (0, 1)
 
 
 ROWS = {
@@ -57,6 +72,11 @@ ROWS = {
     "int8-weight-bfloat16": MatmulRow(BF16, "int8", F32),
     "int4-weight-float16": MatmulRow(F16, "int4", F16),
     "int4-weight-bfloat16": MatmulRow(BF16, "int4", F32),
+    "a4w4-float16": MatmulRow(torch.int32, "int4", None, torch.int64, False, F16),
+    "a4w4-bfloat16": MatmulRow(torch.int32, "int4", None, torch.int64, True, BF16),
+    "a8w4-float16": MatmulRow(torch.int8, "int4", F32, torch.int64, True, F16),
+    "a8w4-bfloat16": MatmulRow(torch.int8, "int4", F32, torch.int64, True, BF16),
+    "a8w4-asymmetric": MatmulRow(torch.int8, "int4", F32, torch.int64, True, F16, True),
 }
 
 
@@ -64,6 +84,11 @@ def scale_words(scale: Tensor, offset: Tensor) -> Tensor:
     """Packed int64 parameters: all 32 bits of the scale, a 9-bit offset at bit 37, the flag at bit 46."""
     bits = scale.float().view(torch.int32).long() & 0xFFFFFFFF
     return bits | ((offset.long() & 0x1FF) << 37) | (1 << 46)
+
+
+def raw_words(scale: Tensor) -> Tensor:
+    """The scale words of int4 weights: the bits of float32 values and nothing else."""
+    return scale.float().view(torch.int32).long() & 0xFFFFFFFF
 
 
 class _Matmul:
@@ -74,6 +99,8 @@ class _Matmul:
         self.values = Values()
 
     def x(self, *shape: int) -> Tensor:
+        if self.row.x == torch.int32:
+            return common.pack_int4(self.values.integers(-8, 7, *shape))
         if self.row.x == torch.int8:
             return self.values.integers(-128, 127, *shape)
         return self.values.normal(*shape, dtype=self.row.x)
@@ -91,23 +118,30 @@ class _Matmul:
         row, values = self.row, self.values
         channels = [(*shape[:-2], shape[-1]) for shape in shapes]
         options: dict[str, Any] = {}
-        if self.bias and row.bias == torch.int32:
+        if row.bias is None:
+            pass
+        elif self.bias and row.bias == torch.int32:
             options["bias"] = [values.integers(-5000, 5000, *shape, dtype=torch.int32) for shape in channels]
-        elif self.bias:
+        elif self.bias or row.needs_bias:
             options["bias"] = [values.normal(*shape, dtype=row.bias) for shape in channels]
-        if row.scale == torch.int64:
+        groups = [(*shape[:-2], shape[-2] // (self.group_length or shape[-2] or 1), shape[-1]) for shape in shapes]
+        if row.is_int4_product:
+            scales = channels if row.x == torch.int32 and not self.group_length else groups
+            options["scale"] = [raw_words(values.positive(*shape) / 100) for shape in scales]
+        elif row.scale == torch.int64:
             options["scale"] = [
                 scale_words(values.positive(*shape) / 200, values.integers(-9, 9, *shape)) for shape in channels
             ]
         elif row.scale is not None:
             options["scale"] = [(values.positive(*shape) / 20000).to(row.scale) for shape in channels]
-        if row.x != torch.int8 and row.weight != "float":
-            if self.group_length:
-                channels = [(*shape[:-2], shape[-2] // self.group_length, shape[-1]) for shape in shapes]
-            options["antiquant_scale"] = [values.positive(*shape, dtype=row.x) for shape in channels]
-            options["antiquant_offset"] = [values.normal(*shape, dtype=row.x) for shape in channels]
+        if row.offset:
+            options["offset"] = [values.normal(*shape[:-2], 1, shape[-1]) for shape in shapes]
+        if row.x.is_floating_point and row.weight != "float":
+            antiquant = groups if self.group_length else channels
+            options["antiquant_scale"] = [values.positive(*shape, dtype=row.x) for shape in antiquant]
+            options["antiquant_offset"] = [values.normal(*shape, dtype=row.x) for shape in antiquant]
         if row.per_token_scale:
-            options["per_token_scale"] = [values.positive(num_rows)]
+            options["per_token_scale"] = [values.positive(num_rows, 1) if row.offset else values.positive(num_rows)]
         if row.output_dtype is not None:
             options["output_dtype"] = row.output_dtype
         return options
@@ -117,13 +151,19 @@ def _ends(counts: Sequence[int]) -> list[int]:
     return [sum(counts[: index + 1]) for index in range(len(counts))]
 
 
+def _pairs(counts: Sequence[int]) -> Tensor:
+    """Groups in descending order, then zeros as the routing operators pad with."""
+    pairs = [[group, count] for group, count in enumerate(counts) if count][::-1]
+    return int64([*pairs, *[[0, 0]] * (len(counts) - len(pairs))])
+
+
 def matmul_inputs(
     scenario: str,
     row: str,
     counts: Sequence[int] = (2, 0, 3),
     *,
     rows: int | None = None,
-    k: int = 8,
+    k: int | None = None,
     n: int = 16,
     bias: bool = False,
     layout: Layout = contiguous,
@@ -135,6 +175,8 @@ def matmul_inputs(
 
     ``ints-`` in front passes the group list as a list of ints. Sizes vary between the tensors of a list where they may.
     """
+    if k is None:
+        k = 64 if ROWS[row].needs_bias else 8
     draw = _Matmul(ROWS[row], bias=bias, layout=layout, group_length=group_length)
     num_rows, experts = sum(counts) if rows is None else rows, len(counts)
     ints, forms = scenario.startswith("ints-"), scenario.removeprefix("ints-")
@@ -159,8 +201,9 @@ def matmul_inputs(
         return (x, weights), {"group_list": [] if forms == "mmm" else _ends(counts), "group_type": None, **given}
     if forms == "mmm":
         return (x, weights), {"group_type": -1, **given}
-    kind = given.setdefault("group_list_type", 0)
-    group_list = given.pop("group_list", int64(_ends(counts) if kind == 0 else counts))
+    kind = given.setdefault("group_list_type", ROWS[row].group_list_types[0])
+    by_kind = (int64(_ends(counts)), int64(counts), _pairs(counts))
+    group_list = given.pop("group_list", by_kind[kind or 0])
     return (x, weights), {"group_list": group_list, "group_type": 0, **given}
 
 
@@ -168,19 +211,23 @@ def _matmul_samples() -> list[Sample]:
     def sample(
         id: str, scenario: str, row: str, *counts: int, with_rows: bool = False, traced: bool = True, **options: Any
     ) -> Sample:
-        make = lambda: matmul_inputs(scenario, row, counts or (2, 0, 3), **options)  # noqa: E731
+        counts = options.pop("counts_", counts or (2, 0, 3))
+        make = lambda: matmul_inputs(scenario, row, counts, **options)  # noqa: E731
         resize = None
         if with_rows:
             resize = lambda num_rows: matmul_inputs(scenario, row, three_experts(num_rows), **options)  # noqa: E731
         wrt = {"float": ("x", "weight", "bias"), "int8": ("x", "bias"), "int4": ("x", "bias")}[ROWS[row].weight]
-        if ROWS[row].x == torch.int8:
+        if not ROWS[row].x.is_floating_point:
             wrt = ()
         return Sample("npu_grouped_matmul", id, make, 2 * options.get("k", 8), wrt, resize, traced)
 
     floats = ("float16", "bfloat16", "float32", "float64")
     integers = [row for row in ROWS if row not in floats]
     compiled = ("int8-to-int8", "per-token-bfloat16-bias", "int8-weight-bfloat16", "int4-weight-bfloat16")
-    lists = [row for row in ROWS if not ROWS[row].per_token_scale]  # per-token needs one x and one result
+    compiled += ("a4w4-bfloat16", "a8w4-asymmetric")
+    stacks = [row for row in integers if not ROWS[row].is_int4_product]  # products of int4 take one 3-D weight
+    lists = [row for row in ROWS if not ROWS[row].per_token_scale and not ROWS[row].is_int4_product]
+    pairs = [row for row in integers if 2 in ROWS[row].group_list_types]
     return [
         # every scenario
         sample("sss-cumsum", "sss", "float32", bias=True, with_rows=True),
@@ -207,6 +254,7 @@ def _matmul_samples() -> list[Sample]:
             group_list_type=0,
             traced=False,
         ),
+        sample("k-split-sliced-weight", "k-split", "float32", k=3, n=5, layout=sliced, traced=False),
         sample("ints-sms", "ints-sms", "float32", bias=True, traced=False),
         sample("ints-smm", "ints-smm", "float32", bias=True),
         sample("ints-smm-split-1", "ints-smm", "float32", split_item=1, traced=False),
@@ -263,7 +311,7 @@ def _matmul_samples() -> list[Sample]:
             sample(f"sss-{row}", "sss", row, bias=True, with_rows=row in compiled, traced=row in compiled)
             for row in integers
         ],
-        *[sample(f"sms-{row}", "sms", row, traced=False) for row in integers],
+        *[sample(f"sms-{row}", "sms", row, traced=False) for row in stacks],
         *[sample(f"mms-{row}", "mms", row, bias=True, traced=False) for row in lists if row != "float32"],
         *[sample(f"mmm-{row}", "mmm", row, 2, 1, rank=3, bias=True, traced=False) for row in lists if row != "float32"],
         *[sample(f"ints-smm-{row}", "ints-smm", row, bias=True, traced=False) for row in lists if row != "float32"],
@@ -287,6 +335,44 @@ def _matmul_samples() -> list[Sample]:
                 ("one-word-along-n", "sss", {"k": 3, "n": 8}),
             )
         ],
+        # pairs of group and size
+        *[
+            sample(f"sss-pairs-{row}", "sss", row, bias=True, group_list_type=2, rows=6, traced=row == "accumulators")
+            for row in pairs
+        ],
+        sample("sms-pairs", "sms", "per-token-float16", 2, 0, 3, group_list_type=2, traced=False),
+        sample("mms-pairs", "mms", "accumulators", 2, 1, 3, group_list_type=2, traced=False),
+        sample("one-pair-of-group-and-size", "sss", "accumulators", 3, rows=4, group_list_type=2, traced=False),
+        sample("pairs-without-rows", "sss", "accumulators", 0, 0, rows=2, group_list_type=2, traced=False),
+        sample(
+            "pairs-behind-the-first-size-of-zero",
+            "sss",
+            "per-token-bfloat16",
+            *(2, 0, 3),
+            group_list=int64([[2, 2], [7, 0], [1, 9]]),
+            group_list_type=2,
+            traced=False,
+        ),
+        # products of int4: scales per column and per group of K
+        *[
+            sample(f"{row}-{id}", "sss", row, traced=False, **options)
+            for row in ROWS
+            if ROWS[row].is_int4_product
+            for id, options in (
+                ("no-rows", {"counts_": (0, 0)}),
+                ("uncovered-rows", {"counts_": (2, 1), "rows": 5}),
+                ("one-expert", {"counts_": (3,)}),
+                ("zero-columns", {"n": 0}),
+                ("several-words", {"k": 128, "n": 24}),
+            )
+        ],
+        *[
+            sample(f"{row}-per-group-{length}", "sss", row, k=128, group_length=length, traced=length == 2)
+            for row in ("a4w4-float16", "a4w4-bfloat16", "a8w4-float16", "a8w4-bfloat16")
+            for length in (2, 64)
+        ],
+        sample("a4w4-counts", "sss", "a4w4-bfloat16", group_list_type=1, traced=False),
+        sample("a4w4-one-word", "sss", "a4w4-float16", 2, k=8, n=8, traced=False),
         sample("tuning-config", "sss", "accumulators", tuning_config=[4, 0], traced=False),
         sample("output-dtype-as-number", "sss", "accumulators", output_dtype=3, traced=False),
         sample(
@@ -313,14 +399,20 @@ def matmul_calls(draw: st.DrawFn) -> dict[str, Any]:
     row_name = draw(st.sampled_from(list(ROWS)))
     row = ROWS[row_name]
     scenario = draw(st.sampled_from(SCENARIOS))
-    if row.per_token_scale:
+    if row.is_int4_product:
+        scenario = "sss"
+    elif row.per_token_scale:
         scenario = draw(st.sampled_from(("sss", "sms")))
     elif row.weight != "float":
         scenario = draw(st.sampled_from([name for name in SCENARIOS if name != "k-split"]))
     is_ints = scenario.startswith("ints-")
     call: dict[str, Any] = {"scenario": scenario, "row": row_name, "counts": draw(counts_of)}
     call |= {"k": draw(st.integers(1, 12)), "n": draw(st.integers(1, 12)), "bias": draw(st.booleans())}
-    if row.weight == "int4":
+    if row.is_int4_product:
+        k = draw(st.sampled_from((64, 128) if row.needs_bias else (8, 24)))
+        lengths = (0,) if row.offset else (0, *(length for length in (2, 4, 8, 64) if k % length == 0))
+        call |= {"k": k, "n": draw(st.sampled_from((8, 16))), "group_length": draw(st.sampled_from(lengths))}
+    elif row.weight == "int4":
         call["layout"] = draw(st.sampled_from((contiguous, transposed)))
         # words along K: at least two, or one per row and several columns, since [1, 1] does not tell along which axis
         call |= {"k": 16} if call["layout"] is transposed else {"n": draw(st.sampled_from((8, 16)))}
@@ -328,15 +420,16 @@ def matmul_calls(draw: st.DrawFn) -> dict[str, Any]:
         call["group_length"] = draw(st.sampled_from((0, *lengths)))
     elif scenario != "k-split":
         call["layout"] = draw(st.sampled_from((contiguous, transposed, sliced)))
+    if scenario == "ints-mmm" and call.get("layout") is transposed:
+        call["layout"] = contiguous  # such pairs take no transposed weights
+        call["n"] = 8 if row.weight == "int4" else call["n"]
     if scenario == "k-split":
         call["bias"] = False
-    if row.bias == torch.bfloat16:
-        call["counts"].append(1)  # an empty per-token scale counts as none, which this bias needs
     if scenario in ("sss", "sms") and draw(st.booleans()):
         call["rows"] = sum(call["counts"]) + draw(st.integers(0, 3))
     if not is_ints and scenario not in ("mmm", "k-split"):
-        call["group_list_type"] = draw(st.sampled_from((0, 1)))
-    if not is_ints and row.scale is not None and row.output_dtype not in (None, torch.int32):
+        call["group_list_type"] = draw(st.sampled_from(row.group_list_types))
+    if not is_ints and row.weight == "int8" and row.scale is not None and row.output_dtype not in (None, torch.int32):
         call["act_type"] = draw(st.sampled_from((0, 1, 2, 4, 5, None)))
     if scenario in ("mmm", "ints-mmm", "ints-smm"):
         call["split_item"] = draw(st.sampled_from((0, 1, None)))
