@@ -56,11 +56,15 @@ def require_device(op: str, argument: str, tensor: torch.Tensor | None, x: torch
 
 # torch_npu takes and passes dtypes as PyTorch's scalar type numbers too (spec: grouped matmul 0.10)
 _DTYPE_CODES = {
+    0: torch.uint8,
     1: torch.int8,
     3: torch.int32,
     5: torch.float16,
     6: torch.float32,
     7: torch.float64,
+    12: torch.qint8,
+    13: torch.quint8,
+    14: torch.qint32,
     15: torch.bfloat16,
     16: torch.quint4x2,
 }

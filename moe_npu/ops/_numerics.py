@@ -51,6 +51,8 @@ def int_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     float32 matmuls over slices of K short enough for every partial sum to be exact.
     """
     if _has_int8_dot_product():
+        # it takes the stride of an axis of size 1, which may be anything, at its word and reads other memory
+        x, weight = (dense(matrix) if 1 in matrix.shape else matrix for matrix in (x, weight))
         return torch._int_mm(x, weight)
     accumulator = torch.zeros(x.size(0), weight.size(1), dtype=torch.int32)
     for start in range(0, x.size(1), _EXACT_FLOAT32_TERMS):

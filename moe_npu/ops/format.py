@@ -7,6 +7,7 @@ have it too; ``clone()``, ``copy.deepcopy`` and ``torch.save`` lose it, and ever
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -187,7 +188,8 @@ def npu_format_cast_(
         (29, 29)
     """
     target = _check("npu_format_cast_", input, {"src": src, "acl_format": acl_format})
-    with torch.no_grad():  # the values do not change, and neither does their gradient
+    # the values do not change, and neither does their gradient
+    with torch.no_grad() if input.requires_grad else contextlib.nullcontext():
         _op_(input, target, customize_dtype, input_dtype)
     _remember(input, target)
     return input

@@ -288,6 +288,7 @@ def _v2_npu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if x.size(0) == 0:
         return _v2_allocate(x, weight_scale)
+    # torch_npu's shape function knows no result of dequant_mode 1 with int4 weights: that cannot be lowered to a graph
     return torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
         _npu_x(x, weight),
         [weight.contiguous()],

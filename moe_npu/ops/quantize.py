@@ -1,271 +1,417 @@
-"""Quantisation of activations and packing of weights (spec: grouped matmul 2.2, 2.4).
+"""Quantisation with given scales, and back again (spec: grouped matmul 2.1, 2.6).
 
-    v = input * smooth_scales,   amax = max |v|
-    scale = amax * (1 / Q),      y = round(v * (Q / amax))       with Q = 127 (int8) or 7 (int4)
+    npu_quantize     y = round(x * (1 / scale) + zero_point)         (div_mode)
+                     y = round(x * scale + zero_point)               (not div_mode)
+    npu_anti_quant   y = (x + offset) * scale
 
-in float32, rounded half to even; a zero row gives scale 0 and y 0.
+The first is what torch.quantize_per_channel computes, to the last tie. The spec also has round(x / scale) + zero_point,
+which differs from it by one where x / scale is half an odd number and the zero point odd, or next to such a number.
+Arithmetic is float32, rounding is half to even, integers saturate, NaN gives 0.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from moe_npu.ops._errors import as_dtype, dtype_name, reject, require, require_device, require_dtype
-from moe_npu.ops._groups import CUMSUM, row_groups
 from moe_npu.ops._library import register_op
-from moe_npu.ops._numerics import INT4_PER_WORD, pack_int4
+from moe_npu.ops._numerics import INT4_PER_WORD, pack_int4, round_to_int, unpack_int4
 from moe_npu.ops._signature import typed
+from moe_npu.ops.format import FRACTAL_NZ, format_of
 
-_HALVES = (torch.float16, torch.bfloat16)
-_QUANT_MODES = ("pertoken", "perchannel", "pertensor")
-_MAX_GROUPS = 1024
+# ---------------------------------------------------------------- npu_quantize
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# what is asked for by quantised and by plain dtypes: the dtype and the range of the codes
+_DIVIDED = {
+    torch.int8: (torch.int8, -128, 127),
+    torch.qint8: (torch.int8, -128, 127),
+    torch.uint8: (torch.uint8, 0, 255),
+    torch.quint8: (torch.uint8, 0, 255),
+    torch.int32: (torch.int32, -(2**31), 2**31 - 1),
+    torch.qint32: (torch.int32, -(2**31), 2**31 - 1),
+}
+# int32 means packed int4 here
+_MULTIPLIED = {
+    torch.int8: (torch.int8, -128, 127),
+    torch.qint8: (torch.int8, -128, 127),
+    torch.quint4x2: (torch.int32, -8, 7),
+    torch.int32: (torch.int32, -8, 7),
+}
+# by number, since any other is refused in the words of this operator
+_NUMBERS = {
+    0: torch.uint8,
+    1: torch.int8,
+    3: torch.int32,
+    12: torch.qint8,
+    13: torch.quint8,
+    14: torch.qint32,
+    16: torch.quint4x2,
+}
 
 
-def _check_dynamic_quant(
+def _check_quantize(
     input: torch.Tensor,
-    smooth_scales: torch.Tensor | None,
-    group_index: torch.Tensor | None,
-    dst_type: torch.dtype,
-    quant_mode: str,
-    dst_type_max: float,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    dtype: torch.dtype | int,
+    axis: int,
+    div_mode: bool,
+) -> torch.dtype:
+    """The dtype that is asked for."""
+    op = "npu_quantize"
+    require_device(op, "scales", scales, input)
+    require_device(op, "zero_points", zero_points, input)
+    if input.dtype not in _FLOATS:
+        reject(f"{op}: input must have dtype float32, float16, bfloat16, but has {dtype_name(input.dtype)}")
+    wanted = dtype if isinstance(dtype, torch.dtype) else _NUMBERS.get(int(dtype))
+    if div_mode and wanted not in _DIVIDED:
+        reject(f"{op}: Param (dtype) must be Int8, UInt8, Int32, but is {dtype}")
+    if not div_mode and wanted not in _MULTIPLIED:
+        reject(f"{op}: Param (dtype) must be Int8 or Int4 (quint4x2) with div_mode=False, but is {dtype}")
+    assert wanted is not None
+    if div_mode:
+        _check_divisors(op, input, scales, zero_points, axis)
+    else:
+        _check_factors(op, input, scales, zero_points, axis)
+        if _is_packed(wanted, div_mode) and input.size(-1) % INT4_PER_WORD != 0:
+            reject(f"{op}: Input shape last dim must be divded by 8, but is {input.size(-1)}")
+    if zero_points is not None and zero_points.shape != scales.shape:
+        reject(
+            f"{op}: zero_points must have the shape {tuple(scales.shape)} of scales, but has {tuple(zero_points.shape)}"
+        )
+    return wanted
+
+
+def _check_divisors(
+    op: str, input: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, axis: int
 ) -> None:
-    op = "npu_dynamic_quant"
-    require_device(op, "smooth_scales", smooth_scales, input)
-    require_device(op, "group_index", group_index, input)
-    if input.dtype not in _HALVES:
-        reject(f"{op}: input must have dtype float16, bfloat16, but has {dtype_name(input.dtype)}")
-    require(
-        input.dim() >= 2, f"{op}: Input shape dim should be greater than 1, but input has shape {tuple(input.shape)}"
-    )
-    require(
-        dst_type in (torch.int8, torch.quint4x2),
-        f"{op}: dst_type must be None, torch.int8 or torch.quint4x2, but is {dst_type}",
-    )
-    if dst_type != torch.int8 and input.size(-1) % INT4_PER_WORD != 0:
-        reject(f"{op}: Input shape last dim must be divded by 8 when int4 quantization, but is {input.size(-1)}")
-    if quant_mode not in _QUANT_MODES:
-        reject(f"{op}: quant_mode must be one of {_QUANT_MODES}, but is {quant_mode!r}")
-    if dst_type_max != 0.0:
-        reject(f"{op}: dst_type_max must be 0 for integer results, but is {dst_type_max}")
-    if smooth_scales is None:
-        require(group_index is None, f"{op}: group_index needs smooth_scales, which is None")
+    is_bfloat16 = input.dtype == torch.bfloat16
+    allowed = (torch.float32, torch.bfloat16) if is_bfloat16 else (torch.float32,)
+    if scales.dtype not in allowed:
+        reject(f"{op}: scales must have dtype float32, or that of bfloat16 input, but has {dtype_name(scales.dtype)}")
+    if zero_points is not None:
+        integers = (torch.int8, torch.uint8, torch.int32)
+        require_dtype(op, "zero_points", zero_points, (*integers, torch.bfloat16) if is_bfloat16 else integers)
+    if scales.numel() == 1:
         return
-    require_dtype(op, "smooth_scales", smooth_scales, (input.dtype,))
-    channels = input.size(-2) if quant_mode == "perchannel" else input.size(-1)
-    if group_index is None:
-        if smooth_scales.shape != (channels,):
-            reject(f"{op}: smooth_scales must have shape {(channels,)}, but has {tuple(smooth_scales.shape)}")
-        return
-    require(quant_mode != "perchannel", f"{op}: group_index must be None for quant_mode 'perchannel'")
-    require_dtype(op, "group_index", group_index, (torch.int32,))
-    if not (group_index.dim() == 1 and 1 <= group_index.size(0) <= _MAX_GROUPS):
+    if not -input.dim() <= axis < input.dim():
+        reject(f"{op}: axis {axis} is out of range for input of {input.dim()} dimensions")
+    if scales.shape != (input.size(axis),):
         reject(
-            f"{op}: group_index must have shape [E] with 1 to {_MAX_GROUPS} groups, but has {tuple(group_index.shape)}"
-        )
-    if smooth_scales.shape != (group_index.size(0), channels):
-        reject(
-            f"{op}: smooth_scales must have shape {(group_index.size(0), channels)} with this group_index, "
-            f"but has {tuple(smooth_scales.shape)}"
+            f"{op}: scales must have 1 element or shape {(input.size(axis),)}, the size of input along axis {axis}, "
+            f"but has {tuple(scales.shape)}"
         )
 
 
-def _smoothed(
-    input: torch.Tensor, smooth_scales: torch.Tensor | None, group_index: torch.Tensor | None, quant_mode: str
+def _check_factors(
+    op: str, input: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, axis: int
+) -> None:
+    if axis < -2:
+        reject(f"{op}: axis must be -2 or larger with div_mode=False, but is {axis}")
+    if input.dim() < (2 if axis == -2 else 1):
+        reject(f"{op}: input has no axis {min(axis, -1)}, its shape is {tuple(input.shape)}")
+    # scales of weights in NZ come in float16 too
+    is_nz = input.dtype == torch.float32 and format_of(input) == FRACTAL_NZ
+    if scales.dtype != input.dtype and not (is_nz and scales.dtype == torch.float16):
+        reject(f"{op}: scales must have dtype {dtype_name(input.dtype)} like input, but has {dtype_name(scales.dtype)}")
+    if zero_points is not None and zero_points.dtype != scales.dtype:
+        reject(
+            f"{op}: zero_points must have dtype {dtype_name(scales.dtype)} like scales, "
+            f"but has {dtype_name(zero_points.dtype)}"
+        )
+    axis = _effective_axis(axis)
+    size = input.size(axis)
+    broadcast = [1] * input.dim()
+    broadcast[axis] = size
+    if not (
+        scales.shape == (1,)
+        or scales.shape == (size,)
+        or list(scales.shape) == broadcast
+        or (scales.dim() == input.dim() and scales.numel() == 1)
+    ):
+        reject(
+            f"{op}: scales must have shape (1,), {(size,)} or {tuple(broadcast)}, with 1 or the size of input along "
+            f"axis {axis}, but has {tuple(scales.shape)}"
+        )
+
+
+def _effective_axis(axis: int) -> int:
+    """The axis of scales with ``div_mode=False``: all but -2 mean the last."""
+    return -2 if axis == -2 else -1
+
+
+def _is_packed(dtype: torch.dtype, div_mode: bool) -> bool:
+    return not div_mode and dtype in (torch.quint4x2, torch.int32)
+
+
+def _along(parameter: torch.Tensor, input: torch.Tensor, axis: int) -> torch.Tensor:
+    """A parameter in the shape that broadcasts along ``axis`` of ``input``."""
+    shape = [1] * input.dim()
+    if parameter.numel() != 1:
+        shape[axis] = parameter.numel()
+    return parameter.reshape(shape)
+
+
+def _quantize_cpu(
+    input: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    dtype: torch.dtype,
+    axis: int,
+    div_mode: bool,
 ) -> torch.Tensor:
-    values = input.float()
-    if smooth_scales is None:
-        return values
-    if group_index is None:
-        return values * smooth_scales.float().unsqueeze(-1 if quant_mode == "perchannel" else 0)
-    rows = values.flatten(0, -2)
-    groups = row_groups("npu_dynamic_quant", group_index, CUMSUM, rows.size(0))
-    covered = groups[-1].end if groups else 0
-    require(
-        covered == rows.size(0),
-        f"npu_dynamic_quant: the last entry of group_index must be the number of rows {rows.size(0)}, but is {covered}",
-    )
-    smoothed = torch.empty_like(rows)
-    for group, start, end in groups:
-        torch.mul(rows[start:end], smooth_scales[group].float(), out=smoothed[start:end])
-    return smoothed.view(input.shape)
+    axis = axis if div_mode else _effective_axis(axis)
+    scale = _along(scales.float(), input, axis)
+    zero = None if zero_points is None else _along(zero_points, input, axis)
+    values = input.float() * (1.0 / scale if div_mode else scale)
+    if zero is not None:
+        values += zero.float()
+    result, low, high = (_DIVIDED if div_mode else _MULTIPLIED)[dtype]
+    if _is_packed(dtype, div_mode):
+        return pack_int4(round_to_int(values, low, high))
+    # the largest int32 is no float32
+    wide = values.double() if result == torch.int32 else values
+    return round_to_int(wide, low, high, result).contiguous()
 
 
-def _dynamic_quant_cpu(
+def _quantize_npu(
     input: torch.Tensor,
-    smooth_scales: torch.Tensor | None,
-    group_index: torch.Tensor | None,
-    dst_type: torch.dtype,
-    quant_mode: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    values = _smoothed(input, smooth_scales, group_index, quant_mode)
-    largest = 127.0 if dst_type == torch.int8 else 7.0
-    if quant_mode == "pertoken":
-        amax = _amax(values, -1)
-        scale = amax.squeeze(-1)
-    elif quant_mode == "perchannel":
-        amax = _amax(values, -2)
-        scale = amax.squeeze(-2)
-    else:
-        amax = values.abs().amax() if values.numel() else values.new_zeros(())
-        scale = amax.view(1)
-    # a division of tensors: with a Python number torch multiplies by the reciprocal, which moves ties
-    factor = torch.where(amax == 0, 0.0, torch.tensor(largest) / amax)
-    values = (values * factor).round_()
-    if not bool(torch.isfinite(factor).all() & torch.isfinite(amax).all()):  # the factor of a tiny maximum is infinite
-        values = values.nan_to_num_(0.0).clamp_(-largest, largest)
-    codes = values.to(torch.int8).contiguous()
-    # the device multiplies by the reciprocal, a float32 constant
-    return codes if dst_type == torch.int8 else pack_int4(codes), (scale * (1.0 / largest)).contiguous()
-
-
-def _amax(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """Largest magnitude along ``dim``, which stays with size one; zero where there is none."""
-    if values.numel() == 0:
-        shape = list(values.shape)
-        shape[dim] = 1
-        return values.new_zeros(shape)
-    return values.abs().amax(dim, keepdim=True)
-
-
-def _dynamic_quant_npu(
-    input: torch.Tensor,
-    smooth_scales: torch.Tensor | None,
-    group_index: torch.Tensor | None,
-    dst_type: torch.dtype,
-    quant_mode: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    dtype: torch.dtype,
+    axis: int,
+    div_mode: bool,
+) -> torch.Tensor:
     if input.numel() == 0:
-        return _dynamic_quant_fake(input, smooth_scales, group_index, dst_type, quant_mode)
-    # contiguous: the shape function of torch_npu repeats the strides of input, the kernel does not
-    return torch.ops.npu.npu_dynamic_quant(
-        input.contiguous(),
-        smooth_scales=smooth_scales,
-        group_index=group_index,
-        dst_type=dst_type,
-        quant_mode=quant_mode,
-    )
+        return _quantize_fake(input, scales, zero_points, dtype, axis, div_mode)
+    if _is_packed(dtype, div_mode):
+        dtype = torch.quint4x2  # the shape function of torch_npu takes int32 for the other mode
+    # contiguous: the shape function repeats the strides of input, the kernel does not
+    return torch.ops.npu.npu_quantize(input.contiguous(), scales, zero_points, dtype, axis, div_mode)
 
 
-def _dynamic_quant_fake(
+def _quantize_fake(
     input: torch.Tensor,
-    smooth_scales: torch.Tensor | None,
-    group_index: torch.Tensor | None,
-    dst_type: torch.dtype,
-    quant_mode: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = list(input.shape)
-    if quant_mode == "pertoken":
-        scale = input.new_empty(shape[:-1], dtype=torch.float32)
-    elif quant_mode == "perchannel":
-        scale = input.new_empty([*shape[:-2], shape[-1]], dtype=torch.float32)
-    else:
-        scale = input.new_empty(1, dtype=torch.float32)
-    if dst_type == torch.int8:
-        return input.new_empty(shape, dtype=torch.int8), scale
-    return input.new_empty([*shape[:-1], shape[-1] // INT4_PER_WORD], dtype=torch.int32), scale
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    dtype: torch.dtype,
+    axis: int,
+    div_mode: bool,
+) -> torch.Tensor:
+    if _is_packed(dtype, div_mode):
+        return input.new_empty([*input.shape[:-1], input.shape[-1] // INT4_PER_WORD], dtype=torch.int32)
+    return input.new_empty(input.shape, dtype=(_DIVIDED if div_mode else _MULTIPLIED)[dtype][0])
 
 
-_dynamic_quant_op = register_op(
-    "npu_dynamic_quant(Tensor input, Tensor? smooth_scales, Tensor? group_index, ScalarType dst_type, str quant_mode)"
-    " -> (Tensor, Tensor)",
-    cpu=_dynamic_quant_cpu,
-    npu=_dynamic_quant_npu,
-    fake=_dynamic_quant_fake,
+_quantize_op = register_op(
+    "npu_quantize(Tensor input, Tensor scales, Tensor? zero_points, ScalarType dtype, int axis, bool div_mode)"
+    " -> Tensor",
+    cpu=_quantize_cpu,
+    npu=_quantize_npu,
+    fake=_quantize_fake,
 )
 
 
 @typed
-def npu_dynamic_quant(
+def npu_quantize(
     input: torch.Tensor,
-    *,
-    smooth_scales: torch.Tensor | None = None,
-    group_index: torch.Tensor | None = None,
-    dst_type: torch.dtype | int | None = None,
-    quant_mode: str = "pertoken",
-    dst_type_max: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 or int4 codes of ``input`` and the scale that gives them back: ``input ~= y * scale``.
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    dtype: torch.dtype | int,
+    axis: int = 1,
+    div_mode: bool = True,
+) -> torch.Tensor:
+    """Integer codes of ``input``: divided by ``scales`` (the default), or multiplied by them.
 
-    Rounding has no gradient: the results are detached from ``input``.
+    =================  =====================================  =============================================
+    argument           div_mode=True                          div_mode=False
+    =================  =====================================  =============================================
+    result             ``round(input / scale + zero_point)``  ``round(input * scale + zero_point)``
+    input              float32, float16, bfloat16             the same
+    scales             float32; also bfloat16 with such       dtype of input
+                       input
+    zero_points        None, int8, uint8 or int32; also       None or dtype of scales
+                       bfloat16 with bfloat16 input
+    dtype              (q)int8, (q)uint8, (q)int32            (q)int8; quint4x2 or int32 for packed int4
+    shape of scales    1 element, or ``[size(axis)]``         1 element, or ``[size(axis)]``, or of the rank of
+                                                              input with size 1 on all other axes
+    axis               of scales                              -2, else the last
+    =================  =====================================  =============================================
 
-    Args:
-        input: ``[..., H]`` of at least two dimensions, float16 or bfloat16.
-        smooth_scales: ``[H]``, dtype of input, multiplied in first; with ``group_index`` ``[E, H]``; ``[size(-2)]`` for
-            ``"perchannel"``.
-        group_index: ``[E]`` int32, cumulative row counts: rows of group e use ``smooth_scales[e]``.
-        dst_type: None or ``torch.int8``; ``torch.quint4x2`` for int4, eight per int32, H a multiple of 8.
-        quant_mode: the axis of the maximum: ``"pertoken"`` the last, ``"perchannel"`` the one before, ``"pertensor"``
-            all.
-        dst_type_max: must be 0.
-
-    Returns:
-        ``(y, scale)``: int8 of the shape of input, or int32 with the last dim divided by 8; and float32, the shape of
-        input without the reduced axis (``[1]`` per tensor). A zero row has scale 0.
-
-    Raises:
-        OperatorError: wrong dtype, rank, size or mode; on CPU also a group_index that does not end at the row count.
-
-    Example:
-        >>> npu_dynamic_quant(torch.tensor([[1.0, -2.0, 3.0, 4.0]], dtype=torch.bfloat16))
-        (tensor([[ 32, -64,  95, 127]], dtype=torch.int8), tensor([0.0315]))
-    """
-    dst_type = as_dtype("npu_dynamic_quant", "dst_type", dst_type) or torch.int8
-    _check_dynamic_quant(input, smooth_scales, group_index, dst_type, quant_mode, dst_type_max)
-    smooth = None if smooth_scales is None else smooth_scales.detach()
-    return _dynamic_quant_op(input.detach(), smooth, group_index, dst_type, quant_mode)
-
-
-def _int4pack_cpu(weight: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
-    return pack_int4(weight)
-
-
-def _int4pack_npu(weight: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
-    # torch_npu packs the first matrix of a 3-D tensor only
-    packed = torch.ops.npu.npu_convert_weight_to_int4pack(weight.flatten(0, -2), inner_k_tiles)
-    return packed.view(*weight.shape[:-1], -1)
-
-
-def _int4pack_fake(weight: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
-    return weight.new_empty(*weight.shape[:-1], weight.shape[-1] // INT4_PER_WORD)
-
-
-_int4pack_op = register_op(
-    "npu_convert_weight_to_int4pack(Tensor weight, int inner_k_tiles) -> Tensor",
-    cpu=_int4pack_cpu,
-    npu=_int4pack_npu,
-    fake=_int4pack_fake,
-    is_lowered=False,
-)
-
-
-@typed
-def npu_convert_weight_to_int4pack(weight: torch.Tensor, inner_k_tiles: int = 0) -> torch.Tensor:
-    """Int4 values packed eight to an int32 along the last axis, element 0 in the lowest four bits.
-
-    For a weight transposed in the grouped matmul, pack ``[N, K]`` and transpose the result.
+    Rounding has no gradient: the result is detached.
 
     Args:
-        weight: int32, contiguous, ``[R, C]`` or ``[E, R, C]``, not empty, ``C % 8 == 0``; the low four bits of each
-            element are kept, so values belong in -8..7.
-        inner_k_tiles: ignored, as on the device.
+        input: any shape, with at least one axis for div_mode=False.
+        scales: see the table.
+        zero_points: see the table; of the shape of scales.
+        dtype: see the table; a dtype or its number.
+        axis: see the table.
+        div_mode: whether scales divide.
 
     Returns:
-        int32 of the shape of weight with the last dim divided by 8.
+        int8, uint8 or int32 of the shape of input; for packed int4 int32 with the last dim divided by 8.
 
     Raises:
-        OperatorError: another dtype, not contiguous, empty, or a last dim that is no multiple of 8.
+        OperatorError: a dtype or shape that is not in the table, or a last dim that int4 words do not fill.
 
     Example:
-        >>> npu_convert_weight_to_int4pack(torch.tensor([[1, 2, 3, 4, 5, 6, 7, -8]], dtype=torch.int32))
-        tensor([[-2023406815]], dtype=torch.int32)
+        >>> x = torch.tensor([[0.26, -0.8, 2.5, -100.0]])
+        >>> npu_quantize(x, torch.tensor([3.0, 3.0, 1.0, 2.0]), None, torch.qint8, -1, False)
+        tensor([[   1,   -2,    2, -128]], dtype=torch.int8)
     """
-    op = "npu_convert_weight_to_int4pack"
-    require(weight.dtype == torch.int32, f"{op}: weight dtype only support int32, but is {dtype_name(weight.dtype)}")
+    wanted = _check_quantize(input, scales, zero_points, dtype, axis, div_mode)
+    zero_points = None if zero_points is None else zero_points.detach()
+    return _quantize_op(input.detach(), scales.detach(), zero_points, wanted, axis, div_mode)
+
+
+# ---------------------------------------------------------------- npu_anti_quant
+
+_MAX_DIMS = 8
+
+
+def _check_anti_quant(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    dst_dtype: torch.dtype,
+    src_dtype: torch.dtype | None,
+) -> None:
+    op = "npu_anti_quant"
+    require_device(op, "scale", scale, x)
+    require_device(op, "offset", offset, x)
+    if x.dtype not in (torch.int8, torch.int32):
+        reject(f"{op}: x must have dtype int8, or int32 for packed int4, but has {dtype_name(x.dtype)}")
+    expected = torch.int8 if x.dtype == torch.int8 else torch.quint4x2
+    if src_dtype not in (None, expected):
+        reject(f"{op}: src_dtype must be None or {expected} with x of {x.dtype}, but is {src_dtype}")
     require(
-        weight.dim() in (2, 3) and weight.numel() > 0,
-        f"{op}: weight must have 2 or 3 dimensions and not be empty, but has shape {tuple(weight.shape)}",
+        dst_dtype in (torch.float16, torch.bfloat16),
+        f"{op}: dst_dtype must be None, torch.float16 or torch.bfloat16, but is {dst_dtype}",
     )
-    require(weight.is_contiguous(), f"{op}: weight is Not contiguous, its strides are {tuple(weight.stride())}")
-    if weight.size(-1) % INT4_PER_WORD != 0:
-        reject(f"{op}: weight last dim should be the multiple of 8, but is {weight.size(-1)}")
-    return _int4pack_op(weight, inner_k_tiles)
+    if not (0 if x.dtype == torch.int8 else 1) <= x.dim() <= _MAX_DIMS:
+        reject(f"{op}: x must have at most {_MAX_DIMS} dimensions, packed int4 at least 1, but has {x.dim()}")
+    require_dtype(op, "scale", scale, (torch.float32, torch.bfloat16))
+    width = 1 if x.dim() == 0 else x.size(-1) * (1 if x.dtype == torch.int8 else INT4_PER_WORD)
+    if scale.dim() != 1 or scale.size(0) not in (1, width):
+        reject(f"{op}: scale must have shape (1,) or {(width,)}, but has {tuple(scale.shape)}")
+    if offset is not None and (offset.dtype != scale.dtype or offset.shape != scale.shape):
+        reject(
+            f"{op}: offset must be {scale.dtype} of shape {tuple(scale.shape)} like scale, "
+            f"but is {offset.dtype} of shape {tuple(offset.shape)}"
+        )
+
+
+def _anti_quant_values(x: torch.Tensor, offset: torch.Tensor | None, compute_dtype: torch.dtype) -> torch.Tensor:
+    values = (unpack_int4(x) if x.dtype == torch.int32 else x).to(compute_dtype)
+    return values if offset is None else values + _along(offset.to(compute_dtype), values, -1)
+
+
+def _anti_quant_cpu(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    dst_dtype: torch.dtype,
+    src_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    compute_dtype = torch.promote_types(scale.dtype, torch.float32)
+    values = _anti_quant_values(x, offset, compute_dtype)
+    return (values * _along(scale.to(compute_dtype), values, -1)).to(dst_dtype).contiguous()
+
+
+def _anti_quant_npu(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    dst_dtype: torch.dtype,
+    src_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    if x.numel() == 0:
+        return _anti_quant_fake(x, scale, offset, dst_dtype, src_dtype)
+    return torch.ops.npu.npu_anti_quant(x.contiguous(), scale, offset=offset, dst_dtype=dst_dtype, src_dtype=src_dtype)
+
+
+def _anti_quant_fake(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    dst_dtype: torch.dtype,
+    src_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    shape = list(x.shape)
+    if x.dtype == torch.int32:
+        shape[-1] = shape[-1] * INT4_PER_WORD
+    return x.new_empty(shape, dtype=dst_dtype)
+
+
+def _anti_quant_setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, scale, offset, _, _ = inputs
+    ctx.save_for_backward(x, scale, offset)
+
+
+def _anti_quant_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, scale, offset = ctx.saved_tensors
+    compute_dtype = torch.promote_types(scale.dtype, torch.float32)
+    dy = dy.to(compute_dtype).contiguous()  # one order of summation
+    dscale = doffset = None
+    if ctx.needs_input_grad[1]:
+        dscale = _sum_along(dy * _anti_quant_values(x, offset, compute_dtype), scale)
+    if ctx.needs_input_grad[2]:
+        doffset = _sum_along(dy * _along(scale.to(compute_dtype), dy, -1), scale)
+    return None, dscale, doffset, None, None
+
+
+def _sum_along(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    total = gradient.sum().view(1) if parameter.size(0) == 1 else gradient.reshape(-1, parameter.size(0)).sum(0)
+    return total.to(parameter.dtype)
+
+
+_anti_quant_op = register_op(
+    "npu_anti_quant(Tensor x, Tensor scale, Tensor? offset, ScalarType dst_dtype, ScalarType? src_dtype) -> Tensor",
+    cpu=_anti_quant_cpu,
+    npu=_anti_quant_npu,
+    fake=_anti_quant_fake,
+    setup_context=_anti_quant_setup_context,
+    backward=_anti_quant_backward,
+    differentiable=("scale", "offset"),
+)
+
+
+@typed
+def npu_anti_quant(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    offset: torch.Tensor | None = None,
+    dst_dtype: torch.dtype | int | None = None,
+    src_dtype: torch.dtype | int | None = None,
+) -> torch.Tensor:
+    """``(x + offset) * scale`` of int8 or packed int4 codes, in float32 and rounded once.
+
+    Differentiable with respect to ``scale`` and ``offset``.
+
+    Args:
+        x: int8, or int32 words of eight int4 values; up to 8 dimensions.
+        scale: ``[1]`` or ``[H]`` for H values in the last dim (eight per word); float32 or bfloat16.
+        offset: shape and dtype of scale; None for 0.
+        dst_dtype: None or ``torch.float16``; ``torch.bfloat16``.
+        src_dtype: None, or what x holds: ``torch.int8`` or ``torch.quint4x2``.
+
+    Returns:
+        ``dst_dtype``, the shape of x; for int4 with the last dim times 8.
+
+    Raises:
+        OperatorError: wrong dtype or shape.
+
+    Example:
+        >>> two = torch.tensor([2.0])
+        >>> npu_anti_quant(torch.tensor([1, 2, 3, 4], dtype=torch.int8), two, offset=two)
+        tensor([ 6.,  8., 10., 12.], dtype=torch.float16)
+    """
+    op = "npu_anti_quant"
+    dst_dtype = as_dtype(op, "dst_dtype", dst_dtype) or torch.float16
+    src_dtype = as_dtype(op, "src_dtype", src_dtype)
+    _check_anti_quant(x, scale, offset, dst_dtype, src_dtype)
+    return _anti_quant_op(x, scale, offset, dst_dtype, torch.int8 if x.dtype == torch.int8 else torch.quint4x2)

@@ -214,15 +214,17 @@ def test_gradients_of_one_result_of_several(sample: Sample) -> None:
 HALVES = [sample for sample in DIFFERENTIABLE if tree_leaves(sample.make())[0].dtype in (torch.float16, torch.bfloat16)]
 
 
-def _expected_gradients(sample: Sample, leaves: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+def _expected_gradients(
+    sample: Sample, leaves: list[Tensor], grads: list[Tensor], has_gradient: list[bool]
+) -> list[Tensor]:
     if sample.op_name == "npu_moe_token_unpermute":  # its reference skips pairs by their values
         (_, sorted_indices, _), _ = sample.make()
         dpermuted, dprobs = permute.moe_token_unpermute_grad(leaves[0], *grads, sorted_indices, *leaves[1:])
         return [dpermuted] if dprobs is None else [dpermuted, dprobs]
     function, _ = with_gradients(sample, operator=REFERENCES[sample.op_name])
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    results = [result.values if isinstance(result, Float) else result for result in function(*wide)]
-    results = [result for result in results if isinstance(result, Tensor) and result.is_floating_point()]
+    results = [result for result, chosen in zip(function(*wide), has_gradient, strict=True) if chosen]
+    results = [result.values if isinstance(result, Float) else result for result in results]
     # a group without rows leaves no trace in the loops of the reference
     total = sum((result * grad.double()).sum() for result, grad in zip(results, grads, strict=True))
     return list(torch.autograd.grad(total, wide, allow_unused=True, materialize_grads=True))
@@ -231,12 +233,14 @@ def _expected_gradients(sample: Sample, leaves: list[Tensor], grads: list[Tensor
 @over(HALVES)
 def test_half_precision_gradients(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
     function, leaves = with_gradients(sample)
-    results = float_results(function(*leaves))
+    outputs = function(*leaves)
+    results = float_results(outputs)
     gradients = torch.autograd.grad(results, leaves, ramps(results))
     # the weight that is multiplied has been rounded to the dtype of x; from there on everything is exact
     dequantise, dtype = matmul.dequantise_weight, leaves[0].dtype
     monkeypatch.setattr(matmul, "dequantise_weight", lambda *args: dequantise(*args[:3], dtype))
-    expected = _expected_gradients(sample, [leaf.detach() for leaf in leaves], ramps(results))
+    has_gradient = [any(output is result for result in results) for output in outputs]
+    expected = _expected_gradients(sample, [leaf.detach() for leaf in leaves], ramps(results), has_gradient)
     for leaf, gradient, wanted in zip(leaves, gradients, expected, strict=True):
         assert gradient.dtype == leaf.dtype
         assert_close(gradient, wanted, reduction=sample.reduction)
@@ -341,6 +345,11 @@ def forward_and_backward(function: Callable[..., Any], tensors: dict[str, Any], 
     return [*results, *torch.autograd.grad(floats, leaves, ramps(floats))]
 
 
+def written(sample: Sample, tensors: dict[str, Any]) -> list[Tensor]:
+    """The arguments that the operator wrote to."""
+    return tree_leaves([tensors[name] for name in sample.mutates])
+
+
 def assert_same(compiled: list[Tensor], eager: list[Tensor]) -> None:
     for actual, expected in zip(compiled, eager, strict=True):
         if expected is None:
@@ -353,8 +362,10 @@ def assert_same(compiled: list[Tensor], eager: list[Tensor]) -> None:
 def test_compiles_without_graph_breaks(sample: Sample) -> None:
     torch._dynamo.reset()
     module, *inputs = traced(sample, sample.make())
+    _, *again = traced(sample, sample.make())
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    assert_same(forward_and_backward(compiled, *inputs), forward_and_backward(module, *inputs))
+    assert_same(forward_and_backward(compiled, *inputs), forward_and_backward(module, *again))
+    assert_same(written(sample, inputs[0]), written(sample, again[0]))
 
 
 @over(RESIZABLE)
@@ -367,7 +378,9 @@ def test_one_graph_for_all_row_counts(sample: Sample) -> None:
     counts = []
     for num_rows in (4, 5, 7):
         _, *inputs = traced(sample, sample.with_rows(num_rows))
-        assert_same(forward_and_backward(compiled, *inputs), forward_and_backward(module, *inputs))
+        _, *again = traced(sample, sample.with_rows(num_rows))
+        assert_same(forward_and_backward(compiled, *inputs), forward_and_backward(module, *again))
+        assert_same(written(sample, inputs[0]), written(sample, again[0]))
         counts.append(counter.frame_count)
     # a float argument makes the backend start over once, within the first compilation
     assert len(set(counts)) == 1
@@ -387,9 +400,11 @@ def test_exports_with_dynamic_rows(sample: Sample) -> None:
     assert sample.with_rows is not None
     module, small, _ = traced(sample, sample.with_rows(4))
     _, large, _ = traced(sample, sample.with_rows(7))
+    _, again, _ = traced(sample, sample.with_rows(7))
     program = torch.export.export(module, (small,), dynamic_shapes=(_dynamic_dims(small, large),))
     assert any(str(node.target).startswith("moe_npu.") for node in program.graph.nodes)
-    assert_same(tree_leaves(program.module()(large)), tree_leaves(module(large)))
+    assert_same(tree_leaves(program.module()(large)), tree_leaves(module(again)))
+    assert_same(written(sample, large), written(sample, again))
 
 
 @pytest.mark.slow

@@ -19,7 +19,14 @@ for line in Path(__file__).with_name("torch_npu_schemas.txt").read_text().splitl
 # ours alone: the differentiable core, and the product that torch_npu hides behind a list
 OURS = {"grouped_mm", "grouped_mm_weight_grad"}
 # earlier releases had a default here, and code written for them runs
-PERMISSIVE = {("npu_grouped_matmul", "group_type"): -1}
+PERMISSIVE = {
+    ("npu_grouped_matmul", "group_type"): -1,
+    # two overloads: a format by its number, or the tensor that has it
+    ("npu_format_cast", "acl_format"): None,
+    ("npu_format_cast", "dst"): None,
+    ("npu_format_cast_", "src"): None,
+    ("npu_format_cast_", "acl_format"): None,
+}
 OPERATORS = [name for name in ops.__all__ if name.startswith(("npu_", "_npu_", "get_npu"))]
 # what is not an operator
 HELPERS = {"npu_lowerings"}

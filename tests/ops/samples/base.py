@@ -38,9 +38,9 @@ class Sample:
 
 
 def relayout(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in another dtype with the strides it has, gaps and overlaps included."""
+    """A copy of ``tensor`` in some dtype with the strides it has, gaps and overlaps included."""
     memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.detach().untyped_storage())
-    return memory.to(dtype).as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+    return memory.to(dtype, copy=True).as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
 class Values:
