@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_npu.ops._errors import OperatorError, dtype_name, reject, require_device, require_dim, require_dtype
+from moe_npu.ops._numerics import dense
 
 MAX_TOP_K = 16
 
@@ -222,8 +223,7 @@ def all_to_all(rows: torch.Tensor, send: list[int], receive: list[int], group: _
     if row_bytes:  # as bytes: gloo does not know every dtype
         torch.distributed.all_to_all_single(
             received.view(-1).view(torch.uint8),
-            # not reshape: a single element keeps whatever stride it has
-            rows.contiguous().as_strided((rows.numel(),), (1,)).view(torch.uint8),
+            dense(rows).view(-1).view(torch.uint8),
             [row_bytes * count for count in receive],
             [row_bytes * count for count in send],
             group=group,

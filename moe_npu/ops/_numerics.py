@@ -167,7 +167,13 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     its strides alone.
     """
     tensor = tensor.contiguous()
-    return tensor.reshape(-1).view(tensor.shape) if 1 in tensor.shape else tensor
+    if 1 not in tensor.shape:
+        return tensor
+    strides, step = [], 1
+    for size in reversed(tensor.shape):
+        strides.append(step)
+        step *= size
+    return tensor.as_strided(tensor.shape, strides[::-1])
 
 
 def unpack_int4_weight(weight: torch.Tensor, columns: int) -> torch.Tensor:

@@ -24,9 +24,15 @@ _FORMATS = {
     ND: "ND",
     3: "NC1HWC0",
     4: "FRACTAL_Z",
+    12: "NC1HWC0_C04",
+    16: "HWCN",
     27: "NDHWC",
     FRACTAL_NZ: "FRACTAL_NZ",
     30: "NCDHW",
+    32: "NDC1HWC0",
+    33: "FRACTAL_Z_3D",
+    35: "NC",
+    47: "NCL",
 }
 _TAG = "_moe_npu_format"
 
@@ -135,14 +141,14 @@ def npu_format_cast(
 
     Args:
         input: any tensor; at least two dimensions for FRACTAL_NZ.
-        acl_format: 0 NCHW, 1 NHWC, 2 ND, 3 NC1HWC0, 4 FRACTAL_Z, 27 NDHWC, 29 FRACTAL_NZ or 30 NCDHW; or a tensor that
-            has the wanted format.
+        acl_format: 0 NCHW, 1 NHWC, 2 ND, 3 NC1HWC0, 4 FRACTAL_Z, 27 NDHWC, 29 FRACTAL_NZ, 30 NCDHW and the rarer
+            12, 16, 32, 33, 35 and 47; or a tensor that has the wanted format.
         dst: that tensor by its own name, instead of ``acl_format``.
         customize_dtype: for containers of narrower types; without effect on CPU.
         input_dtype: as ``customize_dtype``.
 
     Returns:
-        A fresh tensor; :func:`get_npu_format` tells its format.
+        A fresh tensor, on a device ``input`` itself if it has the format; :func:`get_npu_format` tells its format.
 
     Raises:
         OperatorError: no format, an unknown one, or FRACTAL_NZ for a vector.
@@ -153,6 +159,8 @@ def npu_format_cast(
         (29, 2)
     """
     target = _check("npu_format_cast", input, {"acl_format": acl_format, "dst": dst})
+    if input.device.type not in ("cpu", "meta") and format_of(input) == target:
+        return input  # as torch_npu does; a copy could lose the format
     result = _op(input, target, customize_dtype, input_dtype)
     _remember(result, target)
     return result

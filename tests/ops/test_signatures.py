@@ -59,3 +59,7 @@ def test_signature(name: str) -> None:
     # an empty list is the default of a list that is cut to nothing; Python's is a tuple
     as_given = {argument: (only, () if default == [] else default) for argument, (only, default) in theirs.items()}
     assert ours == as_given
+
+
+def test_nothing_of_torch_npu_is_missing() -> None:
+    assert sorted(set(SCHEMAS) - set(OPERATORS)) == []
