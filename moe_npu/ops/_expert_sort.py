@@ -16,6 +16,8 @@ import torch
 from moe_npu.ops._numerics import quantize_rows, round_to_int
 from moe_npu.ops.permute import _unpermute_op
 
+_BLOCK = 1024  # rows that are widened to float32 at a time
+
 _INT32_MAX = 2**31 - 1
 
 
@@ -81,8 +83,14 @@ def quantize_dynamic(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Int8 of the rows ``x[token]``, smoothed by the row of ``scale`` for their expert, and their ``max|v| / 127``."""
     if scale is not None and scale.size(0) != 1:
-        smooth = scale.float().index_select(0, expert)
-        return quantize_rows(x.index_select(0, token).float() * smooth)
+        codes = x.new_empty(token.size(0), x.size(1), dtype=torch.int8)
+        row_scale = x.new_empty(token.size(0), dtype=torch.float32)
+        for start in range(0, token.size(0), _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            smooth = scale.index_select(0, expert[rows]).float()
+            smoothed = x.index_select(0, token[rows]).float().mul_(smooth)
+            codes[rows], row_scale[rows] = quantize_rows(smoothed)
+        return codes, row_scale
     # the same for every expert: each token once
     codes, row_scale = quantize_rows(x.float() if scale is None else x.float() * scale.float())
     return codes.index_select(0, token), row_scale.index_select(0, token)

@@ -57,7 +57,7 @@ def check_v2(
     quant_mode: int,
     active_expert_range: tuple[int, int],
     row_idx_type: int,
-    x_dtype: int | None,
+    x_dtype: torch.dtype | int | None,
 ) -> None:
     """Every rule of the second generation but those of the range itself."""
     check_tensors(_V2, x, expert_idx, (*_FLOATS, torch.int8))
@@ -84,7 +84,7 @@ def check_v2(
         )
 
 
-def _check_quant_mode(x: torch.Tensor, quant_mode: int, x_dtype: int | None) -> None:
+def _check_quant_mode(x: torch.Tensor, quant_mode: int, x_dtype: torch.dtype | int | None) -> None:
     if quant_mode not in _QUANT_MODES:
         reject(f"{_V2}: quant_mode is None or invalid. must be in {list(_QUANT_MODES)}, but is {quant_mode}")
     require(

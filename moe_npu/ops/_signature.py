@@ -29,6 +29,7 @@ _SCALARS: dict[Any, tuple[tuple[type, ...], str]] = {
     str: ((str,), "a string"),
     type(None): ((type(None),), "None"),
 }
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 class _Accepted(NamedTuple):
@@ -54,6 +55,24 @@ def _accepted(annotation: Any) -> _Accepted:
     return _Accepted(accepted, items, " or ".join(words), item_words)
 
 
+def _converted(op: str, name: str, accepted: _Accepted, value: Any) -> Any:
+    """``value``, or what torch's own operators make of it: numbers of numpy, arrays of ints, tensors of one int."""
+    if isinstance(value, np.ndarray) and int in accepted.items:
+        value = value.tolist()
+    if isinstance(value, accepted.types):
+        if not accepted.items or not isinstance(value, (list, tuple)):
+            return value
+        for index, item in enumerate(value):
+            if not isinstance(item, accepted.items):
+                reject(f"{op}: {name}[{index}] must be {accepted.item_words}, but is {type(item).__name__}")
+        return value
+    if isinstance(value, np.bool_) and bool in accepted.types:
+        return bool(value)
+    if isinstance(value, torch.Tensor) and int in accepted.types and value.dtype in _INTEGERS and value.numel() == 1:
+        return int(value)
+    return reject(f"{op}: {name} must be {accepted.words}, but is {type(value).__name__}")
+
+
 def typed(function: _Function) -> _Function:
     """Make a public operator refuse, in words, arguments of a type that its annotations do not name.
 
@@ -66,22 +85,16 @@ def typed(function: _Function) -> _Function:
     positional = [(name, _accepted(hints[name])) for name in inspect.signature(function).parameters]
     by_name = dict(positional)
 
-    def check(name: str, accepted: _Accepted, value: Any) -> None:
-        if not isinstance(value, accepted.types):
-            reject(f"{op}: {name} must be {accepted.words}, but is {type(value).__name__}")
-        if accepted.items and isinstance(value, (list, tuple)):
-            for index, item in enumerate(value):
-                if not isinstance(item, accepted.items):
-                    reject(f"{op}: {name}[{index}] must be {accepted.item_words}, but is {type(item).__name__}")
-
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        # strict would turn too many arguments into a ValueError of zip
-        for (name, accepted), value in zip(positional, args, strict=False):
-            check(name, accepted, value)
-        for name, value in kwargs.items():
-            if name in by_name:
-                check(name, by_name[name], value)
-        return function(*args, **kwargs)
+        # not strict: too many arguments are Python's to refuse
+        given = [
+            _converted(op, name, accepted, value) for (name, accepted), value in zip(positional, args, strict=False)
+        ]
+        named = {
+            name: _converted(op, name, by_name[name], value) if name in by_name else value
+            for name, value in kwargs.items()
+        }
+        return function(*given, *args[len(given) :], **named)
 
     return typing.cast(_Function, checked)

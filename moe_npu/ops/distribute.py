@@ -249,9 +249,9 @@ def npu_moe_distribute_dispatch_v2(
     zero_expert_num: int = 0,
     copy_expert_num: int = 0,
     const_expert_num: int = 0,
-    y_dtype: int | None = None,
-    x_dtype: int | None = None,
-    scales_dtype: int | None = None,
+    y_dtype: torch.dtype | int | None = None,
+    x_dtype: torch.dtype | int | None = None,
+    scales_dtype: torch.dtype | int | None = None,
 ) -> Results:
     """Send each token to the ranks of its experts.
 

@@ -283,10 +283,10 @@ def npu_grouped_matmul(
     act_type: int | None = 0,
     tuning_config: Sequence[int] | None = None,
     output_dtype: torch.dtype | int | None = None,
-    x_dtype: int | None = None,
-    weight_dtype: int | None = None,
-    scale_dtype: int | None = None,
-    per_token_scale_dtype: int | None = None,
+    x_dtype: torch.dtype | int | None = None,
+    weight_dtype: torch.dtype | int | None = None,
+    scale_dtype: torch.dtype | int | None = None,
+    per_token_scale_dtype: torch.dtype | int | None = None,
 ) -> list[torch.Tensor]:
     """The matrix products of all groups of rows, e.g. of all experts of a MoE layer, in one call.
 
@@ -450,7 +450,9 @@ def npu_grouped_matmul(
     )
 
 
-def _check_reserved(lists: dict[str, Sequence[torch.Tensor] | None], codes: dict[str, int | None]) -> None:
+def _check_reserved(
+    lists: dict[str, Sequence[torch.Tensor] | None], codes: dict[str, torch.dtype | int | None]
+) -> None:
     for name, tensors in lists.items():
         require(rules.optional_tensors(name, tensors) is None, f"{OP}: {name} must be None")
     for name, code in codes.items():

@@ -294,10 +294,10 @@ def npu_grouped_matmul_finalize_routing(
     output_bs: int | None = 0,
     group_list_type: int | None = 1,
     tuning_config: Sequence[int] | None = None,
-    x_dtype: int | None = None,
-    w_dtype: int | None = None,
-    scale_dtype: int | None = None,
-    pertoken_scale_dtype: int | None = None,
+    x_dtype: torch.dtype | int | None = None,
+    w_dtype: torch.dtype | int | None = None,
+    scale_dtype: torch.dtype | int | None = None,
+    pertoken_scale_dtype: torch.dtype | int | None = None,
 ) -> torch.Tensor:
     """The rows of each group times the weight of the group, weighted and summed into the tokens they belong to.
 

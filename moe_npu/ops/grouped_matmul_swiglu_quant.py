@@ -356,10 +356,10 @@ def npu_grouped_matmul_swiglu_quant_v2(
     quant_dtype: torch.dtype | int | None = 1,
     group_list_type: int | None = 0,
     tuning_config: Sequence[int] | None = None,
-    x_dtype: int | None = None,
-    weight_dtype: int | None = None,
-    weight_scale_dtype: int | None = None,
-    x_scale_dtype: int | None = None,
+    x_dtype: torch.dtype | int | None = None,
+    weight_dtype: torch.dtype | int | None = None,
+    weight_scale_dtype: torch.dtype | int | None = None,
+    x_scale_dtype: torch.dtype | int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`npu_grouped_matmul_swiglu_quant` with other argument order, counts, and int4 activations.
 

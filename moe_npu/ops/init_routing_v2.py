@@ -254,7 +254,7 @@ def npu_moe_init_routing_v2(
     quant_mode: int = -1,
     active_expert_range: Sequence[int] = (),
     row_idx_type: int = 0,
-    x_dtype: int | None = None,
+    x_dtype: torch.dtype | int | None = None,
 ) -> _Routed:
     """Token rows in the order of their experts, for all experts or a range of them, optionally quantised to int8.
 

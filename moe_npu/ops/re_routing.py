@@ -25,7 +25,7 @@ def _check(
     per_token_scales: torch.Tensor | None,
     expert_token_num_type: int,
     idx_type: int,
-    tokens_dtype: int | None,
+    tokens_dtype: torch.dtype | int | None,
 ) -> None:
     require_device(_OP, "expert_token_num_per_rank", counts, tokens)
     require_device(_OP, "per_token_scales", per_token_scales, tokens)
@@ -152,7 +152,7 @@ def npu_moe_re_routing(
     per_token_scales: torch.Tensor | None = None,
     expert_token_num_type: int = 1,
     idx_type: int = 0,
-    tokens_dtype: int | None = None,
+    tokens_dtype: torch.dtype | int | None = None,
 ) -> _Routed:
     """Rows received from several ranks, sorted by local expert and, within an expert, by source rank.
 

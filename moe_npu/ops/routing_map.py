@@ -343,7 +343,7 @@ def npu_moe_token_permute_with_routing_map(
     routing_map: torch.Tensor,
     *,
     probs: torch.Tensor | None = None,
-    num_out_tokens: int | torch.Tensor | None = None,
+    num_out_tokens: int | None = None,
     drop_and_pad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Token rows in the order of the experts that a map routes them to, with the probabilities of these pairs.
@@ -373,13 +373,6 @@ def npu_moe_token_permute_with_routing_map(
         >>> rows.flatten(), sorted_indices
         (tensor([3., 1., 2.]), tensor([1, 2, 0], dtype=torch.int32))
     """
-    if isinstance(num_out_tokens, torch.Tensor):
-        if num_out_tokens.numel() != 1 or num_out_tokens.dtype not in (torch.int32, torch.int64):
-            reject(
-                "npu_moe_token_permute_with_routing_map: num_out_tokens must be an int or a tensor of one int32 or "
-                f"int64, but is {dtype_name(num_out_tokens.dtype)} of shape {tuple(num_out_tokens.shape)}"
-            )
-        num_out_tokens = int(num_out_tokens)
     _check(tokens, routing_map, probs, num_out_tokens, drop_and_pad)
     permuted, permuted_probs, sorted_indices = _op(tokens, routing_map, probs, num_out_tokens, drop_and_pad)
     return permuted, None if probs is None else permuted_probs, sorted_indices

@@ -257,7 +257,7 @@ def npu_weight_quant_batchmatmul(
     bias: torch.Tensor | None = None,
     antiquant_group_size: int = 0,
     inner_precise: int = 0,
-    weight_dtype: int | None = None,
+    weight_dtype: torch.dtype | int | None = None,
 ) -> torch.Tensor:
     """``x @ ((weight + antiquant_offset) * antiquant_scale) + bias`` with int8 or int4 weights.
 
