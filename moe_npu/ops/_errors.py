@@ -15,6 +15,10 @@ class OperatorError(RuntimeError, ValueError):
     """
 
 
+class OperatorTypeError(OperatorError, TypeError):
+    """An argument of a type that the operator does not take: a ``TypeError`` as well."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise :class:`OperatorError` with ``message`` unless ``condition`` holds.
 

@@ -130,7 +130,10 @@ def check_scenario(
         _check_k_split(row, x, weight, bias, group_list, is_joint)
         return K_SPLIT
     if not is_list_overload and group_type == -1:
-        require(not has_groups, f"{OP}: group_list must be None for group_type -1")
+        require(
+            not has_groups,
+            f"{OP}: group_list must be None for group_type -1, the default. Requires manual passing group_type",
+        )
         if is_joint:
             reject(f"{OP}: split_item must be 0 or 1 for group_type -1, but is {split_item}")
     if group_type == 0 and not is_joint:

@@ -91,6 +91,8 @@ def _check_layouts(row: Row, scenario: str, x: Tensors, weight: Tensors) -> None
         not (row.is_int4_product and has_transposed_strides(weight[0])),
         f"{OP}: weight must not be a transposed view for {row.family}; pack it along N",
     )
+    for index, tensor in enumerate(x):
+        require(format_of(tensor) != FRACTAL_NZ, f"{OP}: x[{index}] must not have the format FRACTAL_NZ; cast it to ND")
     tiled = {format_of(tensor) == FRACTAL_NZ for tensor in weight}
     require(len(tiled) == 1, f"{OP}: all weights must have the format FRACTAL_NZ, or none")
     require(

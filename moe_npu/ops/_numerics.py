@@ -51,8 +51,8 @@ def int_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     float32 matmuls over slices of K short enough for every partial sum to be exact.
     """
     if _has_int8_dot_product():
-        # it takes the stride of an axis of size 1, which may be anything, at its word and reads other memory
-        x, weight = (dense(matrix) if 1 in matrix.shape else matrix for matrix in (x, weight))
+        # it takes any other strides (of an axis of size 1, of expanded rows) for these, and reads other memory
+        x, weight = (matrix if _is_plain(matrix) else dense(matrix) for matrix in (x, weight))
         return torch._int_mm(x, weight)
     accumulator = torch.zeros(x.size(0), weight.size(1), dtype=torch.int32)
     for start in range(0, x.size(1), _EXACT_FLOAT32_TERMS):
@@ -61,9 +61,20 @@ def int_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return accumulator
 
 
+def _is_plain(matrix: torch.Tensor) -> bool:
+    """Whether the rows, or else the columns, of ``matrix`` lie one after the other, gaps allowed."""
+    (rows, columns), (down, right) = matrix.shape, matrix.stride()
+    return 1 not in (rows, columns) and ((right == 1 and down >= columns) or (down == 1 and right >= rows))
+
+
 def round_to_int(values: torch.Tensor, low: int, high: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
     """Float values rounded half to even, clamped to ``low..high``, as ``dtype``; NaN gives 0."""
     return values.round().nan_to_num(0.0, float("inf"), float("-inf")).clamp_(low, high).to(dtype)
+
+
+def signed_words(words: torch.Tensor) -> torch.Tensor:
+    """Scale words given as uint64 as the int64 that tables and kernels know; anything else as it is."""
+    return words.view(torch.int64) if words.dtype == torch.uint64 else words
 
 
 def scale_of_words(words: torch.Tensor) -> torch.Tensor:

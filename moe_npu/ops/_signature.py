@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from moe_npu.ops._errors import reject
+from moe_npu.ops._errors import OperatorTypeError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -64,20 +64,22 @@ def _converted(op: str, name: str, accepted: _Accepted, value: Any) -> Any:
             return value
         for index, item in enumerate(value):
             if not isinstance(item, accepted.items):
-                reject(f"{op}: {name}[{index}] must be {accepted.item_words}, but is {type(item).__name__}")
+                raise OperatorTypeError(
+                    f"{op}: {name}[{index}] must be {accepted.item_words}, but is {type(item).__name__}"
+                )
         return value
     if isinstance(value, np.bool_) and bool in accepted.types:
         return bool(value)
     if isinstance(value, torch.Tensor) and int in accepted.types and value.dtype in _INTEGERS and value.numel() == 1:
         return int(value)
-    return reject(f"{op}: {name} must be {accepted.words}, but is {type(value).__name__}")
+    raise OperatorTypeError(f"{op}: {name} must be {accepted.words}, but is {type(value).__name__}")
 
 
 def typed(function: _Function) -> _Function:
     """Make a public operator refuse, in words, arguments of a type that its annotations do not name.
 
     Raises:
-        OperatorError: at the call, naming argument, expected and given type. Missing and unknown arguments stay
+        OperatorTypeError: at the call, naming argument, expected and given type. Missing and unknown arguments stay
             Python's ``TypeError``.
     """
     hints = typing.get_type_hints(function)

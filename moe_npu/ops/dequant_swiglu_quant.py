@@ -27,6 +27,7 @@ from moe_npu.ops.clipped_swiglu import gated, operands
 _OP = "npu_dequant_swiglu_quant"
 _HALVES = (torch.float16, torch.bfloat16)
 _STATIC = 0
+_MAX_COLUMNS = 10496  # of the result, with groups
 _PLAIN, _INTERLEAVED = 0, 1
 
 
@@ -58,6 +59,8 @@ def _check(
     require(quant_mode in (0, 1), f"{_OP}: quant_mode only support 0 or 1, but got {quant_mode}")
     require(swiglu_mode in (0, 1, 2), f"{_OP}: swiglu_mode only support 0, 1 or 2, but got {swiglu_mode}")
     if group_index is not None:
+        if x.size(-1) > 2 * _MAX_COLUMNS:
+            reject(f"{_OP}: H, half of x, must be at most {_MAX_COLUMNS} with group_index, but is {x.size(-1) // 2}")
         require_dtype(_OP, "group_index", group_index, (torch.int64,))
         require_dim(_OP, "group_index", group_index, (1,))
         if x.dim() != 2:

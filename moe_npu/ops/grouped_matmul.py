@@ -35,6 +35,7 @@ from moe_npu.ops._numerics import (
     int_matmul,
     matmul_into,
     requantize,
+    signed_words,
     unpack_int4,
 )
 from moe_npu.ops._signature import typed
@@ -412,7 +413,7 @@ def npu_grouped_matmul(
     group_tensor = group_list if isinstance(group_list, torch.Tensor) else None
 
     if parameters["scale"] is not None:  # the same bits
-        parameters["scale"] = [s.view(torch.int64) if s.dtype == torch.uint64 else s for s in parameters["scale"]]
+        parameters["scale"] = [signed_words(words) for words in parameters["scale"]]
     blank = None
     if per_token_scale and parameters["per_token_scale"] is None and x[0].dim() > 0 and x[0].size(0) == 0:
         blank = per_token_scale[0].dtype  # no rows, hence an empty scale: given all the same

@@ -36,7 +36,7 @@ from moe_npu.ops._fused_matmul import (
 )
 from moe_npu.ops._groups import COUNTS, row_groups
 from moe_npu.ops._library import register_op
-from moe_npu.ops._numerics import INT4_PER_WORD, dense, int8_int4_matmul, int_matmul
+from moe_npu.ops._numerics import INT4_PER_WORD, dense, int8_int4_matmul, int_matmul, signed_words
 from moe_npu.ops._signature import typed
 
 _OP = "npu_grouped_matmul_finalize_routing"
@@ -359,6 +359,7 @@ def npu_grouped_matmul_finalize_routing(
     if result_dtype not in (None, torch.float32):
         reject(f"{_OP}: Not supportted output dtype is {result_dtype}; it must be None or torch.float32")
     encoding = list_type(_OP, group_list_type, COUNTS)
+    scale = None if scale is None else signed_words(scale)
     shared_input_offset, output_bs = shared_input_offset or 0, output_bs or 0
     _check(
         x,

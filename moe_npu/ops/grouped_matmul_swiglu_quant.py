@@ -26,11 +26,22 @@ from moe_npu.ops._fused_matmul import (
 )
 from moe_npu.ops._groups import CUMSUM, row_groups
 from moe_npu.ops._library import register_op
-from moe_npu.ops._numerics import INT4_PER_WORD, int4_matmul, int8_int4_matmul, int_matmul, quantize_rows, unpack_int4
+from moe_npu.ops._numerics import (
+    INT4_PER_WORD,
+    int4_matmul,
+    int8_int4_matmul,
+    int_matmul,
+    quantize_rows,
+    signed_words,
+    unpack_int4,
+)
 from moe_npu.ops._signature import typed
 
 _SCALES = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int8, torch.int32)
+
+# limits of the second version
+_MAX_EXPERTS, _MAX_COLUMNS, _INT4_K_LIMIT = 1024, 10240, 20000
 
 
 def _check(
@@ -236,6 +247,7 @@ def npu_grouped_matmul_swiglu_quant(
     op = "npu_grouped_matmul_swiglu_quant"
     require(x.dtype == torch.int8, f"{op}: x must have dtype int8, but has {dtype_name(x.dtype)}")
     require(offset is None, f"{op}: offset must be None")
+    weight_scale = signed_words(weight_scale)
     _check(op, x, weight, weight_scale, x_scale, group_list, bias, "bias", None)
     return _op(x, weight, group_list, weight_scale, x_scale, bias)
 
@@ -409,7 +421,7 @@ def npu_grouped_matmul_swiglu_quant_v2(
         (tensor([[ 50, 127]], dtype=torch.int8), tensor([0.0069]))
     """
     op = "npu_grouped_matmul_swiglu_quant_v2"
-    matrix, scale = _only(op, "weight", weight), _only(op, "weight_scale", weight_scale)
+    matrix, scale = _only(op, "weight", weight), signed_words(_only(op, "weight_scale", weight_scale))
     # an empty list and a list of one empty tensor mean None too
     assist = _only(op, "weight_assist_matrix", weight_assist_matrix) if weight_assist_matrix else None
     if assist is not None and assist.dim() == 1 and assist.size(0) == 0:
@@ -432,6 +444,14 @@ def npu_grouped_matmul_swiglu_quant_v2(
     _check(op, x, matrix, scale, x_scale, group_list, assist, "weight_assist_matrix", smooth_scale)
     modes = (0, 1) if (x.dtype, matrix.dtype) == (torch.int8, torch.int32) else (0,)
     dequant_mode = dequant_mode or 0
+    if matrix.size(0) > _MAX_EXPERTS or scale.size(-1) > _MAX_COLUMNS:
+        reject(
+            f"{op}: weight must have at most {_MAX_EXPERTS} experts and N = {_MAX_COLUMNS}, "
+            f"but has {matrix.size(0)} and {scale.size(-1)}"
+        )
+    k = x.size(1) * (INT4_PER_WORD if x.dtype == torch.int32 else 1)
+    if matrix.dtype == torch.int32 and k >= _INT4_K_LIMIT:
+        reject(f"{op}: K must be less than {_INT4_K_LIMIT} for int4 weights, but is {k}")
     if dequant_mode not in modes:
         reject(f"{op}: dequant_mode must be one of {modes} for these dtypes, but is {dequant_mode}")
     return _v2_op(

@@ -166,9 +166,13 @@ def _quantize_cpu(
     axis = axis if div_mode else _effective_axis(axis)
     scale = _along(scales.float(), input, axis)
     zero = None if zero_points is None else _along(zero_points, input, axis)
-    values = input.float() * (1.0 / scale if div_mode else scale)
-    if zero is not None:
-        values += zero.float()
+    values = input.float()
+    if div_mode and scales.numel() == 1:
+        # one rounding of product and sum, as torch quantises with one scale (with several it rounds both)
+        values = (values.double() * (1.0 / scale).double() + (0 if zero is None else zero.double())).float()
+    else:
+        values = values * (1.0 / scale if div_mode else scale)
+        values = values if zero is None else values + zero.float()
     result, low, high = (_DIVIDED if div_mode else _MULTIPLIED)[dtype]
     if _is_packed(dtype, div_mode):
         return pack_int4(round_to_int(values, low, high))

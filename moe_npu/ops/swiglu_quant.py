@@ -24,6 +24,7 @@ from moe_npu.ops._signature import typed
 _OP = "npu_swiglu_quant"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _STATIC = 0
+_MAX_COLUMNS = 8192  # of x
 
 
 def _check(
@@ -49,6 +50,8 @@ def _check(
         dst_type in (torch.int8, torch.quint4x2),
         f"{_OP}: dtype must be torch.int8 for int8 or torch.quint4x2 for int4, but dst_type is {dst_type}",
     )
+    if x.size(-1) > _MAX_COLUMNS:
+        reject(f"{_OP}: the last dim of x must be at most {_MAX_COLUMNS}, but is {x.size(-1)}")
     multiple = 2 if dst_type == torch.int8 else 4
     if x.size(-1) % multiple != 0:
         reject(f"{_OP}: the last dim of x must be a multiple of {multiple} for {dst_type}, but is {x.size(-1)}")

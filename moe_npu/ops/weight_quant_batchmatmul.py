@@ -88,7 +88,9 @@ def _check_antiquant(
     allowed = [(1,), (columns,), (1, 1), (1, columns)]
     if group_size:
         allowed.append(((x.size(1) + group_size - 1) // group_size, columns))
-    if tuple(scale.shape) not in allowed:
+    shape = tuple(scale.shape)
+    # element by element: symbolic sizes are not found in a list of tuples
+    if not any(len(shape) == len(form) and all(a == b for a, b in zip(shape, form, strict=True)) for form in allowed):
         reject(
             f"{_OP}: antiquant_scale must have one of the shapes {allowed} with antiquant_group_size {group_size}, "
             f"but has {tuple(scale.shape)}"

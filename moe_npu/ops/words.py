@@ -34,13 +34,16 @@ def _check_trans_quant_param(scale: torch.Tensor, offset: torch.Tensor | None, r
         return
     if offset.dtype != torch.float32:
         reject(f"{op}: offset must have dtype float32, but has {dtype_name(offset.dtype)}")
-    is_broadcast = (
-        scale.dim() == 1 and offset.dim() == 1 and 1 in (scale.size(0), offset.size(0)) and offset.numel() > 0
-    )
-    if not is_broadcast and offset.shape != scale.shape:
+    if scale.dim() == 2:
+        fits = offset.shape == scale.shape or (offset.dim() in (1, 2) and offset.numel() in (1, scale.size(1)))
+    else:
+        fits = offset.dim() == 1 and (
+            offset.size(0) == scale.size(0) or (offset.numel() > 0 and 1 in (scale.size(0), offset.size(0)))
+        )
+    if not fits:
         reject(
-            f"{op}: offset must have the shape {tuple(scale.shape)} of scale, or both one dimension and either of them "
-            f"size 1, but has {tuple(offset.shape)}"
+            f"{op}: offset must have the shape {tuple(scale.shape)} of scale, one row of it or one number, or for one "
+            f"scale one dimension, but has {tuple(offset.shape)}"
         )
 
 
@@ -64,7 +67,7 @@ def _trans_quant_param_npu(scale: torch.Tensor, offset: torch.Tensor | None, rou
     if scale.dim() == 1:
         return torch.ops.npu.npu_trans_quant_param(scale, offset, round_mode)
     # one row at most is accepted, and each element is a word of its own
-    flat = None if offset is None else offset.flatten()
+    flat = None if offset is None else offset.expand(scale.shape).flatten()
     return torch.ops.npu.npu_trans_quant_param(scale.flatten(), flat, round_mode).view(scale.shape)
 
 
@@ -93,8 +96,8 @@ def npu_trans_quant_param(
 
     Args:
         scale: float32 ``[N]``, ``[1, N]`` or (on CPU and here on a device too) ``[G, N]``; contiguous, not empty.
-        offset: float32, rounded to the nearest integer: the shape of scale, or ``[N]`` with scale ``[1]``, or ``[1]``
-            with scale ``[N]``; None for 0.
+        offset: float32, rounded to the nearest integer: the shape of scale, or one row or one number for a scale of
+            more, or ``[N]`` with scale ``[1]``; None for 0.
         round_mode: 0 cuts the mantissa off, 1 rounds it to nearest even (and subnormal scales to zero).
 
     Returns:

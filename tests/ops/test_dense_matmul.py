@@ -262,3 +262,30 @@ def test_the_format_of_the_weight_changes_nothing() -> None:
     with torch.no_grad():
         scale = torch.tensor([0.5], requires_grad=True)
         assert ops.npu_quant_matmul(x1, x2, scale, output_dtype=BF16).dtype == BF16
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "overlapping", "one-column"])
+@pytest.mark.parametrize("side", ["x1", "x2"])
+def test_memory_that_is_shared_between_rows_is_read_as_the_view_says(side: str, layout: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    memory = torch.randint(-128, 128, (200,), generator=generator, dtype=I8)
+    views = {
+        "rows": memory[:64].view(1, 64).expand(64, 64),
+        "columns": memory[:64].view(64, 1).expand(64, 64),
+        "overlapping": memory.as_strided((64, 64), (2, 1)),
+        "one-column": memory[:128].view(64, 2)[:, :1].expand(64, 64),
+    }
+    other = torch.randint(-128, 128, (64, 64), generator=generator, dtype=I8)
+    x1, x2 = (views[layout], other) if side == "x1" else (other, views[layout])
+    y = ops.npu_quant_matmul(x1, x2, torch.ones(1), output_dtype=I32)
+    assert_bits_equal(y, (x1.long() @ x2.long()).int())
+
+
+def test_a_scale_that_is_a_constant_fits_whatever_is_compiled() -> None:
+    scale = torch.ones(16, dtype=F16)
+    compiled = torch.compile(
+        lambda x, weight: ops.npu_weight_quant_batchmatmul(x, weight, scale), fullgraph=True, backend="eager"
+    )
+    x = torch.ones(4, 64, dtype=F16)
+    for weight in (torch.ones(64, 16, dtype=I8), torch.zeros(64, 2, dtype=I32), torch.ones(64, 16, dtype=I8)):
+        assert_bits_equal(compiled(x, weight), ops.npu_weight_quant_batchmatmul(x, weight, scale))

@@ -526,3 +526,14 @@ def test_device_gets_cumulative_sums_for_one_expert(monkeypatch: pytest.MonkeyPa
     # its kernel is documented with both factors only
     assert_bits_equal(device.calls[1]["logit"], torch.ones(2))
     assert_bits_equal(device.calls[1]["pertoken_scale"], torch.ones(2))
+
+
+def test_unsigned_scale_words_are_the_same_words() -> None:
+    words = torch.rand(2, 16).view(torch.int32).to(torch.int64)
+    x, weight = torch.randint(-128, 128, (3, 64), dtype=torch.int8), torch.randint(-9, 9, (2, 64, 2), dtype=torch.int32)
+    call = {"weight_assist_matrix": [torch.rand(2, 16)], "group_list_type": 1}
+    rest = torch.ones(3), torch.tensor([1, 2])
+    signed = ops.npu_grouped_matmul_swiglu_quant_v2(x, [weight], [words], *rest, **call)
+    unsigned = ops.npu_grouped_matmul_swiglu_quant_v2(x, [weight], [words.view(torch.uint64)], *rest, **call)
+    for result, expected in zip(unsigned, signed, strict=True):
+        assert torch.equal(result, expected)

@@ -378,3 +378,19 @@ def test_matmuls_do_not_depend_on_the_format_of_the_weight() -> None:
     (expected,) = ops.npu_grouped_matmul([x], [weight], **options)
     (y,) = ops.npu_grouped_matmul([x], [ops.npu_format_cast(weight, 29)], **options)
     assert_bits_equal(y, expected)
+
+
+def test_one_scale_rounds_product_and_sum_together() -> None:
+    """As torch does on CPUs with fused multiply-add; these are ties, where it shows."""
+    x = torch.arange(-40, 40).mul(0.6875).bfloat16()
+    scale, zero = torch.tensor([1.375], dtype=torch.bfloat16), torch.tensor([-3], dtype=torch.bfloat16)
+    reciprocal = 1 / torch.tensor(1.375)
+    values = (x.double() * reciprocal.double() - 3).float()
+    assert_bits_equal(ops.npu_quantize(x, scale, zero, torch.qint8), values.round().to(torch.int8))
+
+
+@pytest.mark.parametrize("shape", [(1,), (4,), (1, 1), (1, 4), (2, 4)])
+def test_an_offset_of_one_row_or_one_number_serves_all_scales(shape: tuple[int, ...]) -> None:
+    scale, offset = torch.rand(2, 4), torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+    words = ops.npu_trans_quant_param(scale, offset)
+    assert_bits_equal(words, ops.npu_trans_quant_param(scale, offset.expand(2, 4).contiguous()))

@@ -160,6 +160,26 @@ RULES: list[Rule] = [
         v2("int4", "int4", weight_scale=[zeros(2, 2, 16, dtype=I64)]),
         "weight_scale must have 2 d",
     ),
+    (
+        "v2-many-experts",
+        v2(
+            weight=[zeros(1025, 16, 16, dtype=I8)],
+            weight_scale=[zeros(1025, 16)],
+            group_list=zeros(1025, dtype=I64),
+        ),
+        "weight must have at most 1024 experts and N = 10240, but has 1025 and 16",
+    ),
+    (
+        "v2-long-int4",
+        v2(
+            "int4",
+            "int4",
+            x=zeros(3, 2500, dtype=I32),
+            weight=[zeros(2, 20000, 2, dtype=I32)],
+            weight_scale=[zeros(2, 16, dtype=I64)],
+        ),
+        "K must be less than 20000 for int4 weights, but is 20000",
+    ),
     ("v2-bias", v2(bias=zeros(2, 16)), f"{V2}: bias must be None"),
     ("v2-quant-mode", v2(quant_mode=1), "quant_mode must be 0, one scale per row, but is 1"),
     ("v2-dequant-dtype", v2(dequant_dtype=torch.bfloat16), "dequant_dtype must be torch.float32 (6), but is torch.bfl"),

@@ -180,7 +180,11 @@ RULES: list[Rule] = [
     ("group-list-without-entries", matmul(group_list=int64([])), "group_list must have 1 to 1024 entries, but has 0"),
     ("1025-groups", matmul(group_list=zeros(1025, dtype=I64)), "group_list must have 1 to 1024 entries, but has 1025"),
     ("group-list-elsewhere", matmul(group_list=int64([2, 5]).to("meta")), "group_list is on meta but x[0] is on cpu"),
-    ("no-grouping-group-list", matmul(*PAIRS, group_list=int64([2, 5])), "group_list must be None for group_type -1"),
+    (
+        "no-grouping-group-list",
+        matmul(*PAIRS, group_list=int64([2, 5])),
+        "-1, the default. Requires manual passing group_type",
+    ),
     ("no-grouping-split-2", matmul(*PAIRS, split_item=2), "split_item must be 0 or 1 for group_type -1, but is 2"),
     ("rows-split-0", matmul(split_item=0), "split_item must be 2 or 3 for group_type 0, but is 0"),
     ("rows-split-none", matmul(split_item=None), "split_item must be 2 or 3 for group_type 0, but is 0"),
@@ -343,6 +347,7 @@ RULES: list[Rule] = [
         "per_token_scale must have shape [5, 1] for A8W4 asymmetric, but has (5,)",
     ),
     # formats
+    ("tiled-x", matmul(x=[tiled(5, 8)]), "x[0] must not have the format FRACTAL_NZ; cast it to ND"),
     (
         "one-tiled-weight",
         matmul(*PAIRS, weight=[zeros(16, 16), tiled(8, 24)]),

@@ -48,6 +48,7 @@ _QUANT: list[Rule] = [
         "dtype must be torch.int8 for int8 or torch.quint4x2 for int4, but dst_type is torch.uint8",
     ),
     ("swiglu-quant-dst-type-number", quant(dst_type=3), "dtype must be torch.int8 for int8 or torch.quint4x2 for int4"),
+    ("swiglu-quant-wide", quant(1, 8194), "the last dim of x must be at most 8192, but is 8194"),
     ("swiglu-quant-odd", quant(4, 7), "the last dim of x must be a multiple of 2 for torch.int8, but is 7"),
     (
         "swiglu-quant-odd-int4",
@@ -94,6 +95,11 @@ _QUANT: list[Rule] = [
 _DEQUANT: list[Rule] = [
     ("dequant-vector", dequant(8), "npu_dequant_swiglu_quant: x dim should larger than 1, but x has shape (8,)"),
     ("dequant-float32", dequant(dtype=F32), "x must have dtype int32, float16, bfloat16, but has float32"),
+    (
+        "dequant-wide",
+        dequant(1, 20994, group_index=torch.tensor([1])),
+        "H, half of x, must be at most 10496 with group_index, but is 10497",
+    ),
     ("dequant-odd", dequant(4, 7), "the last dim of x must be even, but is 7"),
     ("dequant-mode", dequant(quant_mode=-1), "quant_mode only support 0 or 1, but got -1"),
     ("dequant-swiglu-mode", dequant(swiglu_mode=3), "swiglu_mode only support 0, 1 or 2, but got 3"),

@@ -39,6 +39,8 @@ class Sample:
 
 def relayout(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of ``tensor`` in some dtype with the strides it has, gaps and overlaps included."""
+    if tensor.is_meta:
+        return tensor
     memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.detach().untyped_storage())
     return memory.to(dtype, copy=True).as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
