@@ -1,4 +1,4 @@
-"""Seeds every test and fills what the library allocates without initialising, so that an unwritten element shows."""
+"""Seeds every test and fills what the library allocates without initializing, so that an unwritten element shows."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _ALLOCATORS = [
 
 
 @pytest.fixture(autouse=True)
-def _poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _poison_uninitialized_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         for owner, name, wrapper in _ALLOCATORS:
             patch.setattr(owner, name, wrapper)

@@ -1,4 +1,4 @@
-"""Experts whose weights and arithmetic a quantisation scheme gives."""
+"""Experts whose weights and arithmetic a quantization scheme gives."""
 
 from __future__ import annotations
 

@@ -24,10 +24,14 @@ def operators() -> str:
     for name, registration in REGISTRATIONS.items():
         if name not in ops.__all__:
             continue
-        gradient = ", ".join(registration.differentiable) or "-"
+        gradient = ", ".join(
+            f"{argument} (CPU)" if argument in registration.cpu_gradient else argument
+            for argument in registration.differentiable
+        )
         tracing = "fullgraph, export, npu graph" if registration.is_lowered else "fullgraph, export"
-        rows.append((name, "exact", "kernel", gradient, tracing))
-    return _table(("operator", "CPU", "NPU", "gradient", "compile"), sorted(rows))
+        rows.append((name, "exact", "kernel", tracing, gradient or "-"))
+    rows.sort(key=lambda row: row[0].lstrip("_"))
+    return _table(("operator", "CPU", "NPU", "compile", "gradient"), rows)
 
 
 def grouped_matmul_rows() -> str:
@@ -37,5 +41,7 @@ def grouped_matmul_rows() -> str:
 
 if __name__ == "__main__":
     print(operators())
-    print("\nnpu_grouped_matmul takes:\n")
+    print(
+        "\nnpu_grouped_matmul takes (-: left out; scenarios: x, weight, result, each one tensor (s) or a list (m)):\n"
+    )
     print(grouped_matmul_rows())

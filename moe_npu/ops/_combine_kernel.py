@@ -30,6 +30,7 @@ from moe_npu.ops._expert_exchange import (
     Topology,
     active_pairs,
     active_tokens,
+    check_performance_info,
     check_topology,
     dtype_fact,
     open_exchange,
@@ -137,8 +138,9 @@ def check(op: str, call: Call) -> None:
     require_dim(op, "expand_x", expand_x, (2,))
     floats = (torch.float16, torch.bfloat16) + ((torch.float32,) if expand_x.device.type in ("cpu", "meta") else ())
     require_dtype(op, "expand_x", expand_x, (*floats, torch.int32))
-    for name, value in zip(Call._fields[8:14], call[8:14], strict=True):
+    for name, value in zip(Call._fields[7:14], call[7:14], strict=True):
         require_device(op, name, value, expand_x)
+    check_performance_info(op, call.performance_info, call.ep_world_size)
     check_topology(op, expand_x, expert_ids, call.x_active_mask, call.topology)
     for name, handle in (
         ("expand_idx or assist_info_for_combine", call.handle),
@@ -204,7 +206,8 @@ def _check_special(op: str, call: Call) -> None:
         if not is_needed:
             continue
         if tensor is None:
-            reject(f"{op}: {name} must be given for copy and constant experts, but is None")
+            kinds = "copy and constant" if name == "ori_x" else "constant"
+            reject(f"{op}: {name} must be given for {kinds} experts, but is None")
         if tensor.dtype != call.out_dtype:
             reject(f"{op}: {name} must have dtype {dtype_name(call.out_dtype)}, but has {dtype_name(tensor.dtype)}")
         if tensor.shape != shape:
@@ -268,7 +271,7 @@ def _add_special(out: torch.Tensor, call: Call, slot: int) -> None:
 
 
 def combine_fake(call: Call) -> torch.Tensor:
-    """An uninitialised result."""
+    """An uninitialized result."""
     return call.expand_x.new_empty(call.expert_ids.size(0), call.expand_x.size(1), dtype=call.out_dtype)
 
 

@@ -170,8 +170,8 @@ def _quantized(call: Call, tokens: torch.Tensor, slots: torch.Tensor) -> tuple[t
             experts = torch.where(slots < top_k, experts + call.topology.num_shared, slots - top_k)
         values *= call.scales.float().index_select(0, experts)
     largest = values.abs().amax(1, keepdim=True) if values.size(1) else values.new_zeros(values.size(0), 1)
-    factor = torch.where(largest == 0, 0.0, 127.0 / largest)
-    return round_to_int(values * factor, -128, 127), largest / 127.0
+    # the quotient first: 127 / largest overflows for the smallest rows
+    return round_to_int(values / largest * 127.0, -128, 127), largest / 127.0
 
 
 def _earlier_pairs(expert_ids: torch.Tensor) -> torch.Tensor:

@@ -78,7 +78,7 @@ def as_dtype(op: str, argument: str, value: torch.dtype | int | None) -> torch.d
     """The dtype that ``value`` names: a dtype, PyTorch's number of it, or None."""
     if value is None or isinstance(value, torch.dtype):
         return value
-    if isinstance(value, bool) or value not in _DTYPE_CODES:
+    if value not in _DTYPE_CODES:
         reject(f"{op}: {argument} must be a dtype or the number of one, but is {value!r}")
     return _DTYPE_CODES[value]
 

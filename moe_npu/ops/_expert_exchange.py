@@ -157,7 +157,7 @@ def named_group(
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
-        reject(f"{op}: {argument} {name!r} names a process group, but torch.distributed is not initialised")
+        reject(f"{op}: {argument} {name!r} names a process group, but torch.distributed is not initialized")
     try:
         group = distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
     except RuntimeError as error:
@@ -360,6 +360,15 @@ class Exchange:
         return torch.cat([rows, self.from_other_lane(rows, self.num_others)])
 
 
+def check_performance_info(op: str, performance_info: torch.Tensor | None, world: int) -> None:
+    """What a device may write waiting times to."""
+    if performance_info is None:
+        return
+    require_dtype(op, "performance_info", performance_info, (torch.int64,))
+    if performance_info.shape != (world,):
+        reject(f"{op}: performance_info must have shape ({world},), but has {tuple(performance_info.shape)}")
+
+
 def open_exchange(
     op: str,
     topology: Topology,
@@ -415,7 +424,8 @@ def open_exchange(
         if problem is None and needed > num_rows:
             problem = f"{op}: expand_x must have the {needed} rows of ep_send_counts, but has {num_rows}"
     if lane_group is not None:
-        by_lane, problem = agree(op, lane_group, facts, int(counts.sum()), problem)
+        tokens = {} if topology.global_bs else {"number of tokens, with global_bs 0": expert_ids.size(0)}
+        by_lane, problem = agree(op, lane_group, {**facts, **tokens}, int(counts.sum()), problem)
         if problem is None and lane_rows not in (None, by_lane):
             problem = f"{op}: tp_send_counts must be {by_lane} by the ep_send_counts of both lanes, but is {lane_rows}"
     batches, problem = agree(op, group, facts, expert_ids.size(0), problem)
@@ -464,6 +474,11 @@ def _mismatch(op: str, topology: Topology, sent: torch.Tensor, counts: torch.Ten
 def _overflow(op: str, topology: Topology, sent: torch.Tensor, capacity: Callable[[int], int]) -> str | None:
     for rank in range(topology.ep_world_size):
         rows, room = int(sent[:, topology.places_on(rank)].sum()), capacity(rank)
+        if rows > room and rank < topology.shared_expert_rank_num:
+            return (
+                f"{op}: shared rank {rank} would receive {rows} rows but has room for {room}; the first version takes "
+                "one shared expert, on a number of ranks that divides ep_world_size"
+            )
         if rows > room:
             return (
                 f"{op}: rank {rank} would receive {rows} rows but has room for {room}; "

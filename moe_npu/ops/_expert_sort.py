@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 
 from moe_npu.ops._numerics import quantize_rows, round_to_int
-from moe_npu.ops.permute import _unpermute_op
 
 _BLOCK = 1024  # rows that are widened to float32 at a time
 
@@ -105,4 +104,5 @@ def sum_over_slots(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if index.size(1) == 0:
         return rows.new_zeros(index.size(0), rows.size(1))
     weights = (index >= 0).to(rows.dtype)  # a weight of zero skips the row
-    return _unpermute_op(rows.contiguous(), index.clamp_min(0).reshape(-1), weights, False, None)
+    index = index.clamp_min(0).reshape(-1)
+    return torch.ops.moe_npu.npu_moe_token_unpermute.default(rows.contiguous(), index, weights, False, None)

@@ -68,7 +68,7 @@ class Call(NamedTuple):
 
 
 def allocate(call: Call) -> TensorList:
-    """The results, uninitialised (spec 1.9)."""
+    """The results, uninitialized (spec 1.9)."""
     x = call.x
     dtype = x[0].dtype if call.output_dtype is None else call.output_dtype
     columns = [n for _, n in logical_shapes(x, call.weight)]

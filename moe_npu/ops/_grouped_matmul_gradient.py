@@ -100,7 +100,7 @@ def _pair_gradients(
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: TensorList) -> None:
-    """Keep x, weight and what the weight is dequantised with."""
+    """Keep x, weight and what the weight is dequantized with."""
     call = Call(*inputs)
     antiquant = (
         [*call.antiquant_scale, *call.antiquant_offset] if call.antiquant_scale and call.antiquant_offset else []

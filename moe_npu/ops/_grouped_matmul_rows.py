@@ -59,11 +59,6 @@ class Row(NamedTuple):
     takes_tiles: bool = False  # weight in the format FRACTAL_NZ
 
     @property
-    def is_quantized(self) -> bool:
-        """Whether weight holds integers."""
-        return self.weight in (_I8, _I32)
-
-    @property
     def is_int4_product(self) -> bool:
         """Whether int4 weights meet integers: products of int4 digits, with scale words."""
         return self.weight == _I32 and not self.x.is_floating_point
@@ -217,7 +212,7 @@ def check_dtypes(
     if blank is not None:
         given["per_token_scale"] = (None, blank)
     if weight[0].dtype == _I8 and output_dtype == _I32:
-        given["scale"] = (None,)  # ignored by the device; callers dequantise later
+        given["scale"] = (None,)  # ignored by the device; callers dequantize later
     bias = given.pop("bias")
     matching = [
         row

@@ -30,8 +30,12 @@ def counts_from(group_list: torch.Tensor, group_list_type: int) -> torch.Tensor:
     return torch.diff(group_list, prepend=group_list.new_zeros(1))
 
 
-def row_groups(op: str, group_list: torch.Tensor, group_list_type: int, num_rows: int) -> list[Group]:
+def row_groups(
+    op: str, group_list: torch.Tensor, group_list_type: int, num_rows: int, argument: str = "group_list"
+) -> list[Group]:
     """The groups that have rows, in row order. Reads the values of ``group_list``: CPU kernels only.
+
+    ``argument`` is what the operator calls its group list.
 
     Raises:
         OperatorError: a negative or decreasing entry, or more rows in the groups than there are; in pairs
@@ -42,11 +46,11 @@ def row_groups(op: str, group_list: torch.Tensor, group_list_type: int, num_rows
     values: list[int] = group_list.tolist()
     if group_list_type == COUNTS:
         if values and min(values) < 0:
-            reject(f"{op}: group_list counts should be larger than or equal to 0, but are {values}")
+            reject(f"{op}: {argument} counts should be larger than or equal to 0, but are {values}")
         ends = torch.cumsum(group_list, 0).tolist()
     else:
         ends = values
-    return _groups_between(op, ends, num_rows)
+    return _groups_between(op, ends, num_rows, argument)
 
 
 def split_groups(op: str, ends: Sequence[int], num_rows: int) -> list[Group]:
@@ -55,23 +59,23 @@ def split_groups(op: str, ends: Sequence[int], num_rows: int) -> list[Group]:
     Raises:
         OperatorError: a negative or decreasing entry, or more rows in the groups than there are.
     """
-    _groups_between(op, list(ends), num_rows)
+    _groups_between(op, list(ends), num_rows, "group_list")
     starts = [0, *ends[:-1]]
     return [Group(index, start, end) for index, (start, end) in enumerate(zip(starts, ends, strict=True))]
 
 
-def _groups_between(op: str, ends: list[int], num_rows: int) -> list[Group]:
+def _groups_between(op: str, ends: list[int], num_rows: int, argument: str) -> list[Group]:
     groups, start = [], 0
     for index, end in enumerate(ends):
         if end != start:
             require(
                 end > start,
-                f"{op}: each difference of group_list should be larger than or equal to 0 (cumulative sums), "
+                f"{op}: each difference of {argument} should be larger than or equal to 0 (cumulative sums), "
                 f"but entry {index} is {end} after {start}",
             )
             groups.append(Group(index, start, end))
             start = end
-    _check_rows(op, start, num_rows)
+    _check_rows(op, start, num_rows, argument)
     return groups
 
 
@@ -90,12 +94,12 @@ def _pair_groups(op: str, pairs: list[list[int]], num_rows: int) -> list[Group]:
         seen.add(group)
         groups.append(Group(group, end, end + size))
         end += size
-    _check_rows(op, end, num_rows)
+    _check_rows(op, end, num_rows, "group_list")
     return groups
 
 
-def _check_rows(op: str, covered: int, num_rows: int) -> None:
+def _check_rows(op: str, covered: int, num_rows: int, argument: str) -> None:
     require(
         covered <= num_rows,
-        f"{op}: group_list covers {covered} rows but there are only {num_rows}; rows must cover the groups",
+        f"{op}: {argument} covers {covered} rows but there are only {num_rows}; rows must cover the groups",
     )

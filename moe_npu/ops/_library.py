@@ -18,6 +18,7 @@ class Registration(NamedTuple):
     npu: Callable[..., Any]
     differentiable: tuple[str, ...]  # arguments that have a gradient
     is_lowered: bool
+    cpu_gradient: tuple[str, ...]  # those of them that have it on CPU only
 
 
 REGISTRATIONS: dict[str, Registration] = {}
@@ -33,6 +34,7 @@ def register_op(
     backward: Callable[..., Any] | None = None,
     differentiable: Sequence[str] = (),
     is_lowered: bool = True,
+    cpu_gradient: Sequence[str] = (),
 ) -> torch._ops.OpOverload:
     """Define ``moe_npu::<schema>`` with its CPU, NPU and fake kernels and, if given, its gradient.
 
@@ -45,6 +47,7 @@ def register_op(
         setup_context: saves for backward what ``backward`` needs.
         backward: gradient formula, written with differentiable operators.
         differentiable: names of the arguments that ``backward`` has a gradient for.
+        cpu_gradient: names among ``differentiable`` that have no gradient on a device.
         is_lowered: whether graphs may be lowered to what ``npu`` calls; not where torch_npu has no shape function.
     """
     name = schema.split("(", 1)[0]
@@ -56,7 +59,7 @@ def register_op(
     if backward is not None:
         torch.library.register_autograd(f"{_NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_lib)
     op: torch._ops.OpOverload = getattr(getattr(torch.ops, _NAMESPACE), name).default
-    REGISTRATIONS[name] = Registration(op, npu, tuple(differentiable), is_lowered)
+    REGISTRATIONS[name] = Registration(op, npu, tuple(differentiable), is_lowered, tuple(cpu_gradient))
     return op
 
 

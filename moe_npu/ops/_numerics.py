@@ -1,7 +1,7 @@
 """Numeric primitives of the CPU kernels: matmuls with stated accumulation, rounding, int4 packing, scale words.
 
 Spec: grouped matmul 0.2 (rounding, accumulation), 0.3 (scale words), 0.4 (int4 packing), 0.9 (tiles), 1.8.6
-(dequantised weights), 1.8.7 and 1.8.8 (int4 products).
+(dequantized weights), 1.8.7 and 1.8.8 (int4 products).
 """
 
 from __future__ import annotations

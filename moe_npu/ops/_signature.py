@@ -55,10 +55,20 @@ def _accepted(annotation: Any) -> _Accepted:
     return _Accepted(accepted, items, " or ".join(words), item_words)
 
 
+def _holds_ints(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in _INTEGERS
+
+
 def _converted(op: str, name: str, accepted: _Accepted, value: Any) -> Any:
     """``value``, or what torch's own operators make of it: numbers of numpy, arrays of ints, tensors of one int."""
-    if isinstance(value, np.ndarray) and int in accepted.items:
-        value = value.tolist()
+    if int in accepted.items:
+        is_list = _holds_ints(value) and value.dim() == 1 and torch.Tensor not in accepted.types
+        if is_list or isinstance(value, np.ndarray):
+            value = value.tolist()
+        elif isinstance(value, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in value):
+            value = [int(item) if _holds_ints(item) and item.numel() == 1 else item for item in value]
+    if isinstance(value, bool) and bool not in accepted.types:
+        raise OperatorTypeError(f"{op}: {name} must be {accepted.words}, but is bool")
     if isinstance(value, accepted.types):
         if not accepted.items or not isinstance(value, (list, tuple)):
             return value
@@ -70,7 +80,7 @@ def _converted(op: str, name: str, accepted: _Accepted, value: Any) -> Any:
         return value
     if isinstance(value, np.bool_) and bool in accepted.types:
         return bool(value)
-    if isinstance(value, torch.Tensor) and int in accepted.types and value.dtype in _INTEGERS and value.numel() == 1:
+    if int in accepted.types and _holds_ints(value) and value.numel() == 1:
         return int(value)
     raise OperatorTypeError(f"{op}: {name} must be {accepted.words}, but is {type(value).__name__}")
 

@@ -64,7 +64,7 @@ def _num_covered(group_index: torch.Tensor | None, num_rows: int) -> int:
         return num_rows
     total = int(group_index.sum())
     # the counts alone: they may go past the rows
-    row_groups("npu_clipped_swiglu: group_index", group_index, COUNTS, max(total, num_rows))
+    row_groups("npu_clipped_swiglu", group_index, COUNTS, max(total, num_rows), "group_index")
     return min(total, num_rows)
 
 

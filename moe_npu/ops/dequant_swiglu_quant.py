@@ -1,4 +1,4 @@
-"""Dequantisation of int32 accumulators, SwiGLU, and quantisation to int8 codes.
+"""Dequantization of int32 accumulators, SwiGLU, and quantization to int8 codes.
 
     int32 x:  v = (x + bias_int32) * weight_scale[g] * activation_scale[row] + bias_float;   else v = x
     SwiGLU:   mode 0  silu(a) * b,   a and b the halves; a the left one if activate_left, else the right one
@@ -68,11 +68,11 @@ def _check(
         require(bias is None, f"{_OP}: bias must be None with group_index")
     num_groups = 1 if group_index is None else group_index.size(0)
     if x.dtype == torch.int32:
-        _check_dequantisation(x, weight_scale, activation_scale, bias, num_groups)
-    _check_quantisation(x, quant_scale, quant_offset, quant_mode, num_groups)
+        _check_dequantization(x, weight_scale, activation_scale, bias, num_groups)
+    _check_quantization(x, quant_scale, quant_offset, quant_mode, num_groups)
 
 
-def _check_dequantisation(
+def _check_dequantization(
     x: torch.Tensor,
     weight_scale: torch.Tensor | None,
     activation_scale: torch.Tensor | None,
@@ -97,7 +97,7 @@ def _check_dequantisation(
             reject(f"{_OP}: bias must have shape {(columns,)}, but has {tuple(bias.shape)}")
 
 
-def _check_quantisation(
+def _check_quantization(
     x: torch.Tensor,
     quant_scale: torch.Tensor | None,
     quant_offset: torch.Tensor | None,
@@ -153,7 +153,7 @@ def _cpu(
     rows = x.flatten(0, -2)
     groups = [Group(0, 0, rows.size(0))]
     if group_index is not None:
-        groups = row_groups(f"{_OP}: group_index", group_index, COUNTS, rows.size(0))
+        groups = row_groups(_OP, group_index, COUNTS, rows.size(0), "group_index")
     y = torch.zeros(rows.size(0), rows.size(1) // 2, dtype=torch.int8)
     scale = torch.zeros(rows.size(0), dtype=torch.float32)
     for group, start, end in groups:
@@ -161,7 +161,7 @@ def _cpu(
         if x.dtype == torch.int32:
             assert weight_scale is not None
             of_rows = None if activation_scale is None else activation_scale.reshape(-1, 1)[start:end]
-            values = _dequantised(values, _row(weight_scale, group), of_rows, bias)
+            values = _dequantized(values, _row(weight_scale, group), of_rows, bias)
         values = _swiglu(values.float(), activate_left, swiglu_mode, clamp_limit, glu_alpha, glu_bias)
         if quant_mode == _STATIC:
             values = _scaled(values, quant_scale, quant_offset, group)
@@ -179,7 +179,7 @@ def _row(factors: torch.Tensor, group: int) -> torch.Tensor:
     return factors[group] if factors.dim() == 2 else factors  # of the only group
 
 
-def _dequantised(
+def _dequantized(
     values: torch.Tensor, weight_scale: torch.Tensor, activation_scale: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     if bias is not None and bias.dtype == torch.int32:

@@ -13,8 +13,8 @@ import torch
 
 from moe_npu.ops import _dispatch_kernel as kernel
 from moe_npu.ops._dispatch_kernel import Call, Results, v1_call
-from moe_npu.ops._errors import as_dtype, dtype_name, reject, require, require_device, require_dtype
-from moe_npu.ops._expert_exchange import active_tokens
+from moe_npu.ops._errors import as_dtype, dtype_name, reject, require, require_device
+from moe_npu.ops._expert_exchange import active_tokens, check_performance_info
 from moe_npu.ops._library import register_op
 from moe_npu.ops._signature import typed
 
@@ -324,13 +324,8 @@ def npu_moe_distribute_dispatch_v2(
     ):
         if value < 0:
             reject(f"{op}: {name} must not be negative, but is {value}")
-    if performance_info is not None:
-        require_device(op, "performance_info", performance_info, x)
-        require_dtype(op, "performance_info", performance_info, (torch.int64,))
-        if performance_info.shape != (ep_world_size,):
-            reject(
-                f"{op}: performance_info must have shape ({ep_world_size},), but has {tuple(performance_info.shape)}"
-            )
+    require_device(op, "performance_info", performance_info, x)
+    check_performance_info(op, performance_info, ep_world_size)
     call = Call(
         x,
         expert_ids,

@@ -84,6 +84,7 @@ _v1_op = register_op(
     setup_context=_v1_setup_context,
     backward=_v1_backward,
     differentiable=("expand_x", "expert_scales", "shared_expert_x"),
+    cpu_gradient=("expand_x", "expert_scales"),
 )
 
 
@@ -156,6 +157,7 @@ _v2_op = register_op(
     fake=_v2_fake,
     setup_context=_v2_setup_context,
     backward=_v2_backward,
+    cpu_gradient=("expand_x", "expert_scales"),
     differentiable=(
         "expand_x",
         "expert_scales",
@@ -284,8 +286,8 @@ def npu_moe_distribute_combine_v2(
     as ``weight * ori_x``, a constant expert as ``weight * (alpha_1 * ori_x + alpha_2 * v)``; plus, without a weight,
     the rows of shared experts and ``shared_expert_x``. Rows of inactive tokens are zero on CPU, undefined on a device.
 
-    Differentiable, on CPU, with respect to ``expand_x``, ``expert_scales``, ``shared_expert_x``, ``ori_x`` and the
-    parameters of constant experts. Every rank must take part in the backward pass.
+    Differentiable with respect to ``shared_expert_x``, ``ori_x`` and the parameters of constant experts, and on CPU
+    only with respect to ``expand_x`` and ``expert_scales``. Every rank must take part in the backward pass.
 
     Args:
         expand_x: ``[A, H]``, float16 or bfloat16 (on CPU also float32 and float64), the rows in the order in which

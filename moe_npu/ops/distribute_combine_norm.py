@@ -1,4 +1,4 @@
-"""Combine, add a residual, normalise (spec: routing 5.6).
+"""Combine, add a residual, normalize (spec: routing 5.6).
 
     x_out = combine(...) + residual_x
     rstd = 1 / sqrt(mean(x_out ** 2) + norm_eps)
@@ -131,6 +131,7 @@ _op = register_op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    cpu_gradient=("expand_x", "expert_scales"),
     differentiable=(
         "expand_x",
         "expert_scales",
@@ -187,9 +188,9 @@ def npu_moe_distribute_combine_add_rms_norm(
     copy_expert_num: int = 0,
     const_expert_num: int = 0,
 ) -> _Results:
-    """:func:`npu_moe_distribute_combine_v2`, added to a residual and normalised.
+    """:func:`npu_moe_distribute_combine_v2`, added to a residual and normalized.
 
-    Differentiable, on CPU, in ``residual_x``, ``gamma`` and what combine is differentiable in.
+    Differentiable in ``residual_x``, ``gamma`` and, as combine is, in its arguments.
 
     Args:
         expand_x: as in combine, like all that are not mentioned here.

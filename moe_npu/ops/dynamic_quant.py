@@ -86,7 +86,7 @@ def _smoothed(
     if group_index is None:
         return values * smooth_scales.float().unsqueeze(-1 if quant_mode == "perchannel" else 0)
     rows = values.flatten(0, -2)
-    groups = row_groups(op, group_index, CUMSUM, rows.size(0))
+    groups = row_groups(op, group_index, CUMSUM, rows.size(0), "group_index")
     covered = groups[-1].end if groups else 0
     require(
         covered == rows.size(0),

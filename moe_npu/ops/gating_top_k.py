@@ -18,7 +18,7 @@ import torch
 from moe_npu.ops._errors import dtype_name, reject, require, require_device, require_dim, require_dtype
 from moe_npu.ops._library import register_op
 from moe_npu.ops._signature import typed
-from moe_npu.ops.gating_top_k_backward import SIGMOID, SOFTMAX, check_choices, check_range, gradient, is_normalised
+from moe_npu.ops.gating_top_k_backward import SIGMOID, SOFTMAX, check_choices, check_range, gradient, is_normalized
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _INTS = (torch.int32, torch.int64)
@@ -166,7 +166,7 @@ def _cpu(
             biased = _drop_groups(biased, k_group, group_count, group_select_mode)
         expert_idx = _best(biased, k)
     weights = scores.gather(1, expert_idx)
-    if is_normalised(norm_type, renorm):
+    if is_normalized(norm_type, renorm):
         weights = weights / (weights.sum(1, keepdim=True) + eps)
     y = (weights * routed_scaling_factor).to(x.dtype)
     norm_out = scores if out_flag else torch.zeros_like(scores)

@@ -1,7 +1,7 @@
 """The gradient of gating by groups of experts, from the scores that the forward call returns.
 
     w = s[ids],  D = sum of w + eps,  g = routed_scaling_factor * dy
-    G = scatter of (g - sum of w g / D) / D to the chosen experts, of g where w is not normalised
+    G = scatter of (g - sum of w g / D) / D to the chosen experts, of g where w is not normalized
     dx = s (G - sum of s G),   s (1 - s) G   or   (1 - exp(-s^2)) / (2 s) G                   norm_type 0, 1, 2
 
 All arithmetic is float32 (float64 for float64) with one rounding to the dtype of dy at the end. The gradient of the
@@ -31,7 +31,7 @@ def check_choices(op: str, renorm: int, norm_type: int) -> None:
         reject(f"{op}: norm_type must be 0, 1 or 2, but is {norm_type}")
 
 
-def is_normalised(norm_type: int, renorm: int) -> bool:
+def is_normalized(norm_type: int, renorm: int) -> bool:
     """Whether weights are divided by their sum: softmax probabilities only if asked for, the other scores always."""
     return norm_type != SOFTMAX or renorm == 1
 
@@ -92,7 +92,7 @@ def gradient(
     index = expert_idx.long()
     scores = scores.to(torch.promote_types(scores.dtype, dy.dtype))
     dw = dy.to(scores.dtype) * routed_scaling_factor
-    if is_normalised(norm_type, renorm):
+    if is_normalized(norm_type, renorm):
         chosen = scores.gather(1, index)
         total = chosen.sum(1, keepdim=True) + eps
         dw = (dw - (chosen / total * dw).sum(1, keepdim=True)) / total
@@ -156,10 +156,10 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     scores = x_norm.to(torch.promote_types(x_norm.dtype, grad_y.dtype))
     grad = grad.to(scores.dtype)
     dw = grad_y.to(scores.dtype) * routed_scaling_factor
-    normalised = is_normalised(norm_type, renorm)
+    normalized = is_normalized(norm_type, renorm)
     chosen = scores.gather(1, index)
     total = chosen.sum(1, keepdim=True) + eps
-    if normalised:
+    if normalized:
         dw = (dw - (chosen / total * dw).sum(1, keepdim=True)) / total
     ds = torch.zeros_like(scores).scatter_add(1, index, dw)
 
@@ -173,7 +173,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         dds = grad * _slope(scores, norm_type)
 
     ddw = dds.gather(1, index)
-    if normalised:
+    if normalized:
         ddw_sum = ddw.sum(1, keepdim=True)
         dchosen = -(dw * ddw_sum + (dw * ddw).sum(1, keepdim=True)) / total
         dscores = dscores.scatter_add(1, index, dchosen)

@@ -1,4 +1,4 @@
-"""`npu_grouped_matmul`: the products of all groups in one call, with (de)quantisation (spec: grouped matmul 1).
+"""`npu_grouped_matmul`: the products of all groups in one call, with (de)quantization (spec: grouped matmul 1).
 
     y = x @ weight + bias                                       float, or int8 with int32 result
     y = act(int32(x @ weight + bias) * scale * per_token_scale + bfloat16 bias)

@@ -1,4 +1,4 @@
-"""Grouped int8 or int4 matmul, its rows weighted and summed into tokens: the second half of a quantised MoE layer.
+"""Grouped int8 or int4 matmul, its rows weighted and summed into tokens: the second half of a quantized MoE layer.
 
     y[off : off + S] = shared_input_weight * shared_input,   the rest zero
     c[m] = int32(x[m] @ w[g]) * scale[g] * (pertoken_scale[m] * logit[m]) + bias[g] * logit[m]

@@ -1,4 +1,4 @@
-"""Grouped int8 or int4 matmul, SwiGLU and quantisation of the result: the first half of a quantised MoE layer.
+"""Grouped int8 or int4 matmul, SwiGLU and quantization of the result: the first half of a quantized MoE layer.
 
     c = int32(x @ weight[g]) * x_scale * weight_scale[g]
     s = silu(left half of c) * right half of c
@@ -212,7 +212,7 @@ def npu_grouped_matmul_swiglu_quant(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The rows of each group times the weight of the group, SwiGLU, and int8 codes of every row of the result.
 
-    ``y * y_scale[:, None]`` approximates ``silu(a) * b`` with the halves ``a, b`` of the dequantised product. The
+    ``y * y_scale[:, None]`` approximates ``silu(a) * b`` with the halves ``a, b`` of the dequantized product. The
     values of the scales are not looked at. No argument may require a gradient.
 
     Args:
@@ -389,7 +389,7 @@ def npu_grouped_matmul_swiglu_quant_v2(
         weight_scale: a list of one tensor, ``[E, N]`` or see the table. N is taken from here.
         x_scale: ``[M]`` float32.
         group_list: ``[E]`` int64.
-        smooth_scale: ``[E, N / 2]`` or ``[E]`` float32, multiplied in before the quantisation.
+        smooth_scale: ``[E, N / 2]`` or ``[E]`` float32, multiplied in before the quantization.
         weight_assist_matrix: a list of one tensor, ``8 * (weight * scale).sum(K)``: the bias of the first version.
         bias: must be None.
         dequant_mode: 0, or for int8 x with int4 weights 1; whether there are groups of K is seen from

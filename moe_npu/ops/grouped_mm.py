@@ -45,7 +45,7 @@ def _list_type(expert_tokens: torch.Tensor) -> int:
 def _cpu(x: torch.Tensor, weight: torch.Tensor, expert_tokens: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     y = x.new_empty(x.size(0), weight.size(2))
     end = 0
-    for group, start, end in row_groups("grouped_mm", expert_tokens, COUNTS, x.size(0)):
+    for group, start, end in row_groups("grouped_mm", expert_tokens, COUNTS, x.size(0), "expert_tokens"):
         matmul_into(y[start:end], x[start:end], weight[group], None if bias is None else bias[group])
     y[end:].zero_()
     return y
@@ -125,7 +125,7 @@ def _weight_grad_cpu(x: torch.Tensor, dy: torch.Tensor, expert_tokens: torch.Ten
     # zeroed memory is free for the experts without rows: untouched pages are never mapped
     dweight = x.new_zeros(expert_tokens.size(0), x.size(1), dy.size(1))
     half = x.dtype in (torch.float16, torch.bfloat16)
-    for group, start, end in row_groups("grouped_mm_weight_grad", expert_tokens, COUNTS, x.size(0)):
+    for group, start, end in row_groups("grouped_mm_weight_grad", expert_tokens, COUNTS, x.size(0), "expert_tokens"):
         rows, drows = x[start:end].t(), dy[start:end]
         if half:
             dweight[group] = torch.mm(rows.float(), drows.float())

@@ -1,4 +1,4 @@
-"""Expansion of token rows in the order of their experts, always quantised to int8 (spec: routing 2.3).
+"""Expansion of token rows in the order of their experts, always quantized to int8 (spec: routing 2.3).
 
 The sort, the rows and the arithmetic of `npu_moe_init_routing_v2` with the range of all experts; the encodings of the
 counts are numbered otherwise, and what an argument switches off is None.
@@ -203,13 +203,13 @@ def npu_moe_init_routing_quant(
     expert_tokens_before_capacity_flag: bool = False,
     quant_mode: int = 1,
 ) -> _Routed:
-    """Token rows in the order of their experts, quantised to int8.
+    """Token rows in the order of their experts, quantized to int8.
 
     Args:
         x: ``[N, H]``, float16, bfloat16 or float32.
         expert_idx: ``[N, K]`` int32, the experts of each token.
         scale: float32. Static ``[1]``; dynamic ``[expert_num, H]`` or ``[1, H]``, multiplied in first, or None.
-        offset: float32 ``[1]``, with static quantisation only.
+        offset: float32 ``[1]``, with static quantization only.
         active_num: in expanded rows: keep at most so many; 0 and less keeps all. The default of 1024 cuts larger
             batches without a word. Ignored in drop/pad mode.
         expert_capacity: rows per expert in drop/pad mode, 1 to N.
@@ -223,7 +223,7 @@ def npu_moe_init_routing_quant(
         ``(expanded_x, expanded_row_idx, counts, counts_before_capacity, expanded_scale)``: int8 ``[rows, H]``, or
         ``[expert_num, C, H]`` with zeros where an expert has fewer rows; int32 ``[N*K]``, the row of each pair, -1 for
         dropped ones; int32 ``[expert_num]`` or None; the same in drop/pad mode, before rows are dropped; float32
-        ``[rows]`` or None with static quantisation. No gradient. The counts must be cast to int64 for a group list.
+        ``[rows]`` or None with static quantization. No gradient. The counts must be cast to int64 for a group list.
 
     Raises:
         OperatorError: wrong rank, dtype, size or mode.

@@ -1,7 +1,7 @@
 """Expansion of token rows in the order of their experts, second generation (spec: routing 2.2).
 
 The pairs of the experts in ``active_expert_range`` get rows as `_expert_sort` says: as many as there are (dropless),
-or `expert_capacity` per expert (drop/pad). Rows may be quantised to int8:
+or `expert_capacity` per expert (drop/pad). Rows may be quantized to int8:
 
     static    q = clamp(rint(x * scale + offset), -128, 127)
     dynamic   v = x * scale[expert],   expanded_scale = max |v| / 127,   q = rint(v / expanded_scale)
@@ -70,7 +70,7 @@ def _cpu(
     elif quant_mode == STATIC and scale is not None and offset is not None:
         values = quantize_static(x, token, scale, offset)
     else:
-        # quantised without scale: there are no rows
+        # quantized without scale: there are no rows
         values = x.index_select(0, token).to(x.dtype if quant_mode == NO_QUANT else torch.int8)
         if scale is not None:
             expanded_scale = spread(scale.index_select(0, token), placement, num_rows)
@@ -256,14 +256,14 @@ def npu_moe_init_routing_v2(
     row_idx_type: int = 0,
     x_dtype: torch.dtype | int | None = None,
 ) -> _Routed:
-    """Token rows in the order of their experts, for all experts or a range of them, optionally quantised to int8.
+    """Token rows in the order of their experts, for all experts or a range of them, optionally quantized to int8.
 
     Args:
         x: ``[N, H]``, float16, bfloat16, float32 (on CPU also float64), or int8 if ``quant_mode`` is -1.
         expert_idx: ``[N, K]`` int32, the experts of each token. Pairs of experts outside the range get no row.
-        scale: float32. Without quantisation ``[N]``, copied along with the rows; static ``[1]``; dynamic ``[R, H]``
+        scale: float32. Without quantization ``[N]``, copied along with the rows; static ``[1]``; dynamic ``[R, H]``
             for the R experts of the range, or ``[1, H]``, multiplied in first. With N = 0 of any shape.
-        offset: float32 ``[1]``, with static quantisation only.
+        offset: float32 ``[1]``, with static quantization only.
         active_num: in expanded rows: keep at most so many; 0 and less keeps all. Ignored in drop/pad mode.
         expert_capacity: rows per expert in drop/pad mode, 1 to N.
         expert_num: the number of experts; if missing, the end of the range.
@@ -281,10 +281,10 @@ def npu_moe_init_routing_v2(
         ``[expert_num, C, H]``, zero where an expert has fewer rows. ``expanded_row_idx``: int32 ``[N*K]``, row-major,
         not cut by ``active_num``. ``counts``: int64 ``[R]`` or ``[expert_num, 2]``, before rows are cut or dropped;
         zero unless asked for. ``expanded_scale``: ``[rows]`` float32, the scales of the rows, zeros
-        if there are none. Differentiable without quantisation: x through the rows and scale through its rows.
+        if there are none. Differentiable without quantization: x through the rows and scale through its rows.
 
     Raises:
-        OperatorError: wrong rank, dtype, size or mode, a range that does not fit, or a quantisation mode of the 950
+        OperatorError: wrong rank, dtype, size or mode, a range that does not fit, or a quantization mode of the 950
             generation.
 
     Example:

@@ -154,13 +154,14 @@ def as_float_dtype(op: str, argument: str, value: torch.dtype | int) -> torch.dt
 
 
 def pairs(op: str, sorted_indices: torch.Tensor, probs: torch.Tensor | None) -> torch.Tensor:
-    """Row of each pair, ``[T, K]`` int64; -1, which may be there where the weight is zero, is refused elsewhere."""
+    """Row of each pair, ``[T, K]`` int64; a negative one is refused unless its weight is zero."""
     index = sorted_indices.view(-1, 1 if probs is None else probs.size(1)).long()
     is_negative = index < 0
     if bool(is_negative.any()):
         wrong = is_negative if probs is None else is_negative & (probs != 0)
         if bool(wrong.any()):
-            reject(f"{op}: sorted_indices has {int(index[wrong][0])} with a weight that is not zero")
+            where = "" if probs is None else " where the weight is not zero"
+            reject(f"{op}: sorted_indices must not be negative{where}, but has {int(index[wrong][0])}")
     return index
 
 

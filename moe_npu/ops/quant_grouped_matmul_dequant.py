@@ -1,4 +1,4 @@
-"""`npu_quant_grouped_matmul_dequant`: float16 rows quantised, multiplied by int8 weights, and dequantised.
+"""`npu_quant_grouped_matmul_dequant`: float16 rows quantized, multiplied by int8 weights, and dequantized.
 
     v = x * smooth_scale,   xs = x_scale, or max |v| / 127
     q = clamp(round(v * (1 / xs)), -128, 127)
@@ -140,7 +140,7 @@ def npu_quant_grouped_matmul_dequant(
     smooth_scale: torch.Tensor | None = None,
     quant_mode: str | None = "pertoken",
 ) -> torch.Tensor:
-    """The rows of each group, quantised to int8 on the way in, times the int8 weight of the group.
+    """The rows of each group, quantized to int8 on the way in, times the int8 weight of the group.
 
     No argument may require a gradient: rounding has none. The kernel exists on inference products only.
 

@@ -364,7 +364,7 @@ def npu_quant_matmul(
         x2_dtype: must be None.
         pertoken_scale_dtype: must be None.
         scale_dtype: must be None.
-        group_sizes: None or ``[0, 0, 0]``; in the last row also ``[0, 0, K / G]``.
+        group_sizes: None or ``[0, 0, 0]``; in the last row also ``[0, 0, K / G]`` or ``[1, 1, K / G]``.
         y_scale: must be None.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Quantisation with given scales, and back again (spec: grouped matmul 2.1, 2.6).
+"""Quantization with given scales, and back again (spec: grouped matmul 2.1, 2.6).
 
     npu_quantize     y = round(x * (1 / scale) + zero_point)         (div_mode)
                      y = round(x * scale + zero_point)               (not div_mode)
@@ -24,7 +24,7 @@ from moe_npu.ops.format import FRACTAL_NZ, format_of
 # ---------------------------------------------------------------- npu_quantize
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# what is asked for by quantised and by plain dtypes: the dtype and the range of the codes
+# what is asked for by quantized and by plain dtypes: the dtype and the range of the codes
 _DIVIDED = {
     torch.int8: (torch.int8, -128, 127),
     torch.qint8: (torch.int8, -128, 127),
@@ -168,7 +168,7 @@ def _quantize_cpu(
     zero = None if zero_points is None else _along(zero_points, input, axis)
     values = input.float()
     if div_mode and scales.numel() == 1:
-        # one rounding of product and sum, as torch quantises with one scale (with several it rounds both)
+        # one rounding of product and sum, as torch quantizes with one scale (with several it rounds both)
         values = (values.double() * (1.0 / scale).double() + (0 if zero is None else zero.double())).float()
     else:
         values = values * (1.0 / scale if div_mode else scale)

@@ -157,7 +157,8 @@ def npu_moe_re_routing(
     """Rows received from several ranks, sorted by local expert and, within an expert, by source rank.
 
     Args:
-        tokens: ``[A, H]``, float16, bfloat16 or int8, ordered by source rank and within a rank by local expert.
+        tokens: ``[A, ...]`` of at least two dimensions, float16, bfloat16 or int8, ordered by source rank and within a
+            rank by local expert.
         expert_token_num_per_rank: ``[P, Q]`` int32 or int64, rows of each of P ranks for each of Q experts, zeros
             included. They must add up to A.
         per_token_scales: ``[A]`` or ``[A, n]`` float32, permuted along with the rows.

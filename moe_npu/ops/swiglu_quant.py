@@ -1,4 +1,4 @@
-"""SwiGLU of rows and their quantisation to int8 or int4 codes.
+"""SwiGLU of rows and their quantization to int8 or int4 codes.
 
     L, R = x.chunk(2, -1),   s = silu(L) * R if activate_left else L * silu(R)
     static:   y = round(s * smooth + offset)
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_npu.ops._errors import as_dtype, reject, require, require_device, require_dim, require_dtype
-from moe_npu.ops._groups import Group, row_groups
+from moe_npu.ops._groups import COUNTS, CUMSUM, Group, row_groups
 from moe_npu.ops._library import register_op
 from moe_npu.ops._numerics import round_to_int
 from moe_npu.ops._signature import typed
@@ -43,7 +43,7 @@ def _check(
     require_dtype(_OP, "x", x, _FLOATS)
     require(quant_mode in (0, 1), f"{_OP}: quant_mode only support 0 or 1, but got {quant_mode}")
     require(
-        group_list_type in (0, 1),
+        group_list_type in (CUMSUM, COUNTS),
         f"{_OP}: group_list_type only support 0(cumsum) or 1(count), but got {group_list_type}",
     )
     require(
@@ -94,7 +94,7 @@ def _cpu(
     num_rows, columns = left.shape
     groups = [Group(0, 0, num_rows)]
     if group_index is not None:
-        groups = row_groups(f"{_OP}: group_index", group_index, group_list_type, num_rows)
+        groups = row_groups(_OP, group_index, group_list_type, num_rows, "group_index")
     codes = torch.zeros(num_rows, columns, dtype=torch.int8)
     scale = torch.zeros(num_rows, dtype=torch.float32)
     largest = 127 if dst_type == torch.int8 else 7
@@ -192,7 +192,7 @@ def npu_swiglu_quant(
     group_list_type: int = 0,
     dst_type: torch.dtype | int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """SwiGLU of the halves of each row, quantised: dynamically ``swiglu * smooth ~= y / scale``.
+    """SwiGLU of the halves of each row, quantized: dynamically ``swiglu * smooth ~= y / scale``.
 
     Rounding has no gradient: the results are detached from the arguments.
 

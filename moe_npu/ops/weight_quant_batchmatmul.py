@@ -263,7 +263,7 @@ def npu_weight_quant_batchmatmul(
 ) -> torch.Tensor:
     """``x @ ((weight + antiquant_offset) * antiquant_scale) + bias`` with int8 or int4 weights.
 
-    Differentiable with respect to ``x`` and ``bias``, unless the result is quantised.
+    Differentiable with respect to ``x`` and ``bias``, unless the result is quantized.
 
     Args:
         x: ``[M, K]`` float16 or bfloat16, not empty; K and N are at most 65535.

@@ -1,4 +1,4 @@
-"""Symmetric integer quantisation of weights: codes and scales, and back."""
+"""Symmetric integer quantization of weights: codes and scales, and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a quantisation scheme provides, and the registry of schemes.
+"""What a quantization scheme provides, and the registry of schemes.
 
 A scheme says how the weight of an expert is stored and how rows are multiplied by it. The converter, the layers and
 the tests enumerate the registry, so a new scheme is one new file in ``schemes/``.
@@ -53,7 +53,7 @@ class QuantScheme(ABC):
     def empty(
         self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device | str | None = None
     ) -> QuantizedWeight:
-        """Uninitialised storage for a weight of ``shape`` ``[..., N, K]`` of a model of ``dtype``.
+        """Uninitialized storage for a weight of ``shape`` ``[..., N, K]`` of a model of ``dtype``.
 
         Raises:
             ValueError: the shape cannot be stored.
@@ -123,7 +123,7 @@ def scheme_names() -> tuple[str, ...]:
 
 
 def require_half(scheme: str, x: torch.Tensor) -> None:
-    """Raise unless ``x`` is bfloat16 or float16, the dtypes quantised kernels compute in."""
+    """Raise unless ``x`` is bfloat16 or float16, the dtypes quantized kernels compute in."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"{scheme} computes on bfloat16 or float16 rows, but got {x.dtype}; load the model in torch.bfloat16"

@@ -370,6 +370,14 @@ class TestLanes:
         assert "expert_ids must be 0 to 3" in words[3]
         assert all("refused its arguments" in text for text in words[:3])
 
+    def test_lanes_of_different_length_need_global_bs(self, pool: Pool) -> None:
+        calls = [
+            {**call, **({"x": call["x"][:1], "expert_ids": call["expert_ids"][:1]} if rank > 1 else {})}
+            for rank, call in enumerate(self.calls)
+        ]
+        words = pool.run(jobs.call_in_lanes, [("npu_moe_distribute_dispatch_v2", call) for call in calls])
+        assert all("number of tokens, with global_bs 0" in message for message in words)
+
     def test_lanes_of_different_shape(self, pool: Pool) -> None:
         calls = [{**call, "x": call["x"][:, : 3 - rank // 2].contiguous()} for rank, call in enumerate(self.calls)]
         words = pool.run(jobs.call_in_lanes, [("npu_moe_distribute_dispatch_v2", call) for call in calls])
@@ -470,7 +478,7 @@ DISAGREEMENTS = {
     "dtype": (plain(x=torch.zeros(2, 3, dtype=BF16)), "the same dtype, but in the order of their ranks they have"),
     "top-k": (plain(expert_ids=ids([0], [1])), "all ranks must have the same columns of expert_ids"),
     "experts": (plain(moe_expert_num=6), "all ranks must have the same moe_expert_num"),
-    "quantised": (plain(quant_mode=2), "all ranks must have the same quant_mode"),
+    "quantized": (plain(quant_mode=2), "all ranks must have the same quant_mode"),
     "global-bs": (plain(global_bs=4), "all ranks must have the same global_bs"),
     "special": (plain(zero_expert_num=1), "all ranks must have the same number of zero, copy and constant experts"),
     "weights": (plain(expert_scales=torch.ones(2, 2)), "all ranks must have the same use of expert_scales"),

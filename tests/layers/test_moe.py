@@ -54,7 +54,7 @@ def make(
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-@pytest.mark.parametrize("norm", [False, True], ids=["raw-weights", "normalised"])
+@pytest.mark.parametrize("norm", [False, True], ids=["raw-weights", "normalized"])
 def test_equals_the_per_token_loop(norm: bool, bias: bool, activation: str) -> None:
     layer, x = make(norm=norm, bias=bias, activation=activation), torch.randn(3, 5, H)
     assert_close(layer(x), reference(layer, x, activation), reduction=H)

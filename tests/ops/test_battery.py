@@ -237,8 +237,8 @@ def test_half_precision_gradients(sample: Sample, monkeypatch: pytest.MonkeyPatc
     results = float_results(outputs)
     gradients = torch.autograd.grad(results, leaves, ramps(results))
     # the weight that is multiplied has been rounded to the dtype of x; from there on everything is exact
-    dequantise, dtype = matmul.dequantise_weight, leaves[0].dtype
-    monkeypatch.setattr(matmul, "dequantise_weight", lambda *args: dequantise(*args[:3], dtype))
+    dequantize, dtype = matmul.dequantize_weight, leaves[0].dtype
+    monkeypatch.setattr(matmul, "dequantize_weight", lambda *args: dequantize(*args[:3], dtype))
     has_gradient = [any(output is result for result in results) for output in outputs]
     expected = _expected_gradients(sample, [leaf.detach() for leaf in leaves], ramps(results), has_gradient)
     for leaf, gradient, wanted in zip(leaves, gradients, expected, strict=True):

@@ -72,7 +72,7 @@ def test_weight_quant_of_int4_words() -> None:
         assert_bits_equal(ops.npu_weight_quant_batchmatmul(x, words, scale), expected)
 
 
-def test_weight_quant_quantises_the_unrounded_result() -> None:
+def test_weight_quant_quantizes_the_unrounded_result() -> None:
     x, weight = torch.tensor([[1, 2]], dtype=F16), int8([[1, -2], [3, 4]])
     scale, offset = torch.tensor([0.5, 0.25], dtype=F16), torch.tensor([1, 0], dtype=F16)
     quant_scale, quant_offset = torch.tensor([0.5, 1.0]), torch.tensor([1.0, 1.25])
@@ -121,7 +121,7 @@ def test_gradients_of_weight_quant_twice() -> None:
         assert gradient.dtype in (BF16, F32)
 
 
-def test_quantised_results_have_no_gradient() -> None:
+def test_quantized_results_have_no_gradient() -> None:
     x = torch.ones(2, 4, dtype=F16, requires_grad=True)
     scale = torch.ones(1, dtype=F16, requires_grad=True)
     y = ops.npu_weight_quant_batchmatmul(x, torch.ones(4, 3, dtype=I8), scale, quant_scale=torch.ones(1))

@@ -132,3 +132,15 @@ def test_norm_by_hand() -> None:
     assert x_out.tolist() == [[[3.0, 4.0]]]
     assert rstd.tolist() == [[[0.25]]]  # 1 / sqrt(12.5 + 3.5)
     assert y.tolist() == [[[0.75, 10.0]]]
+
+
+def test_the_smallest_rows_are_quantized_by_the_formula() -> None:
+    """127 over the largest of such a row is infinite in float32."""
+    x = torch.tensor([[1e-38, 0.0, -5e-39, 0.0]], dtype=torch.bfloat16)
+    ids = torch.zeros(1, 1, dtype=torch.int32)
+    rows, scale, *_ = ops.npu_moe_distribute_dispatch_v2(
+        x, ids, single_rank_group(), 1, 0, 1, shared_expert_num=0, quant_mode=2
+    )
+    values = x.double()
+    assert rows.tolist() == (values / values.max() * 127).round().int().tolist()
+    torch.testing.assert_close(scale.double(), values.max(1).values / 127)

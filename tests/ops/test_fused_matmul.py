@@ -28,7 +28,7 @@ X = i8([[10, -20], [3, 4], [-5, 6], [9, 9]])
 W = i8([[[10, 20, -30, 40], [40, -50, 60, 10]], [[70, -80, 90, -100], [-10, 0, 10, 20]]])
 
 
-# --- with SwiGLU and quantisation ------------------------------------------------------------------------------------
+# --- with SwiGLU and quantization ------------------------------------------------------------------------------------
 
 SCALE = torch.tensor([[0.01, 0.02, 0.01, 0.02], [0.01, 0.01, 0.02, 0.02]])
 X_SCALE = torch.tensor([0.1, 0.5, 0.2, 1.0])
@@ -142,7 +142,7 @@ def test_int4_weights_are_the_int8_product_where_half_precision_is_exact(x_kind:
         assert not torch.equal(first[1], expected[1])
 
 
-def test_smooth_scale_comes_between_swiglu_and_quantisation() -> None:
+def test_smooth_scale_comes_between_swiglu_and_quantization() -> None:
     args, options = swiglu_inputs([2, 3], version=2, x="int4", weight="int4", k=16, n=16)
     y, y_scale = ops.npu_grouped_matmul_swiglu_quant_v2(*args, **options)
     per_expert = torch.tensor([4.0, 0.5])
@@ -403,7 +403,7 @@ def test_add_without_autograd_takes_parameters() -> None:
         assert_bits_equal(parameter, ops.npu_grouped_matmul_add(input, x, weight, group_list))
 
 
-# --- quantised on the way in -----------------------------------------------------------------------------------------
+# --- quantized on the way in -----------------------------------------------------------------------------------------
 
 
 def test_quant_dequant_example() -> None:

@@ -107,7 +107,7 @@ def test_many_experts(name: str, dtype: torch.dtype) -> None:
 
 @repeatable
 @given(data=st.data())
-def test_renormalised_weights_are_the_others_divided_by_their_sum(data: st.DataObject) -> None:
+def test_renormalized_weights_are_the_others_divided_by_their_sum(data: st.DataObject) -> None:
     (x,), options = DRAWS["npu_moe_gating_top_k_softmax_v2"](data.draw)
     options |= {"renorm": 0, "output_softmax": True}
     y, expert_idx, softmax_result = ops.npu_moe_gating_top_k_softmax_v2(x.double(), **options)
@@ -253,8 +253,8 @@ def test_weights_are_unbiased_scores_of_distinct_experts_in_few_groups(data: st.
     y, expert_idx, scores = ops.npu_moe_gating_top_k(x, k, **options)
     ids = expert_idx.long()
     weights = scores.gather(1, ids)
-    is_normalised = options["norm_type"] != 0 or options["renorm"] == 1
-    if is_normalised:
+    is_normalized = options["norm_type"] != 0 or options["renorm"] == 1
+    if is_normalized:
         weights = weights / weights.sum(1, keepdim=True)
         total = torch.full((x.size(0),), options["routed_scaling_factor"], dtype=torch.float64)
         torch.testing.assert_close(y.sum(1), total)

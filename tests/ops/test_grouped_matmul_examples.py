@@ -78,7 +78,7 @@ def test_int4_weight_packed_along_k_as_transposed_view(impl: Any, dtype: torch.d
         assert_bits_equal(y, ((logical.reshape(16, 16) + 1) * 0.5).to(dtype))
 
 
-# --- grouped matmul: unquantised -------------------------------------------------------------------------------------
+# --- grouped matmul: unquantized -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -392,7 +392,7 @@ def test_activations_of_the_reference_before_the_cast(act_type: int, values: lis
     _assert_near(y, list(zip(values, values[::-1], strict=True)), torch.float64)
 
 
-# --- grouped matmul: quantised weights -------------------------------------------------------------------------------
+# --- grouped matmul: quantized weights -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

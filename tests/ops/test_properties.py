@@ -207,7 +207,7 @@ def test_gating_chooses_distinct_experts_in_descending_order(ids: Tensor, expert
     mode=st.sampled_from(("pertoken", "perchannel", "pertensor")),
     exponent=st.integers(-20, 4),
 )
-def test_dynamic_quantisation_reconstructs_within_half_a_step(shape: list[int], mode: str, exponent: int) -> None:
+def test_dynamic_quantization_reconstructs_within_half_a_step(shape: list[int], mode: str, exponent: int) -> None:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(2.0**exponent).half()
     y, scale = ops.npu_dynamic_quant(values, quant_mode=mode)
     steps = {"pertoken": scale.unsqueeze(-1), "perchannel": scale.unsqueeze(-2), "pertensor": scale}[mode]

@@ -180,7 +180,7 @@ def test_no_tokens(type: int) -> None:
         ),
     ],
 )
-def test_dynamic_quantisation(scale: Any, codes: list[list[int]], scales: list[float]) -> None:
+def test_dynamic_quantization(scale: Any, codes: list[list[int]], scales: list[float]) -> None:
     smooth = None if scale is None else torch.tensor(scale)
     rows, _, _, row_scales = second(CODES_X, quant_mode=1, active_expert_range=[1, 3], scale=smooth)
     assert rows.dtype == torch.int8
@@ -194,7 +194,7 @@ def test_a_zero_row_has_scale_zero() -> None:
     assert scales[0] == 0
 
 
-def test_static_quantisation() -> None:
+def test_static_quantization() -> None:
     options = {"quant_mode": 0, "scale": torch.tensor([2.0]), "offset": torch.tensor([-3.0])}
     rows, _, _, scales = second(CODES_X, active_expert_range=[1, 3], **options)
     assert rows[:4].tolist() == [[-1, -11], [127, 97], [-9, -1], [-9, -1]]
@@ -204,7 +204,7 @@ def test_static_quantisation() -> None:
     assert_bits_equal(scales, torch.zeros(8))
 
 
-def test_static_quantisation_is_within_one_of_the_kernel_of_the_device() -> None:
+def test_static_quantization_is_within_one_of_the_kernel_of_the_device() -> None:
     """Which computes in float32, rounds to int32 and passes through float16."""
     x = 60 * torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
     scale, offset = torch.tensor([0.7]), torch.tensor([11.3])
@@ -215,7 +215,7 @@ def test_static_quantisation_is_within_one_of_the_kernel_of_the_device() -> None
     assert (difference != 0).float().mean() < 0.05
 
 
-def test_dynamic_quantisation_is_that_of_a_row_alone() -> None:
+def test_dynamic_quantization_is_that_of_a_row_alone() -> None:
     x = torch.randn(6, 16, generator=torch.Generator().manual_seed(0)).half()
     codes, scales = ops.npu_dynamic_quant(x)
     rows, index, _, row_scales = second(x, i32([[1, 0], [3, 3], [2, 0], [1, 1], [0, 2], [3, 2]]), quant_mode=1)
@@ -250,11 +250,11 @@ def test_one_token_of_many_experts() -> None:
     assert scales[:active].tolist() == [2.0] * active
 
 
-# --- quantised -------------------------------------------------------------------------------------------------------
+# --- quantized -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("mode", "expected"), [(0, None), (1, [1, 4, 5, 8]), (2, [1, 3, 1, 3])])
-def test_quantised_generation(mode: int, expected: list[int] | None) -> None:
+def test_quantized_generation(mode: int, expected: list[int] | None) -> None:
     rows, index, counts, before, scales = ops.npu_moe_init_routing_quant(
         CODES_X, IDS, expert_num=4, active_num=0, quant_mode=1, expert_tokens_num_mode=mode
     )
@@ -274,7 +274,7 @@ def test_quantised_generation(mode: int, expected: list[int] | None) -> None:
     )
 
 
-def test_quantised_generation_cuts_large_batches_by_default() -> None:
+def test_quantized_generation_cuts_large_batches_by_default() -> None:
     x, ids = torch.randn(600, 4), torch.zeros(600, 2, dtype=torch.int32)
     rows, index, *_ = ops.npu_moe_init_routing_quant(x, ids)
     assert rows.shape == (1024, 4)
@@ -282,7 +282,7 @@ def test_quantised_generation_cuts_large_batches_by_default() -> None:
     assert ops.npu_moe_init_routing_quant(x, ids, active_num=-1)[0].shape == (1200, 4)
 
 
-def test_quantised_generation_in_drop_pad_mode() -> None:
+def test_quantized_generation_in_drop_pad_mode() -> None:
     options = {"expert_num": 4, "drop_pad_mode": 1, "expert_capacity": 2, "expert_tokens_num_mode": 2}
     static = {"quant_mode": 0, "scale": torch.tensor([1.0]), "offset": torch.tensor([5.0])}
     rows, index, counts, before, scales = ops.npu_moe_init_routing_quant(
@@ -476,14 +476,14 @@ def test_an_undefined_tail_of_a_scatter_index_is_not_used_by_the_gradient() -> N
 
 
 @pytest.mark.parametrize("options", [{"quant_mode": 1}, {"quant_mode": 1, "drop_pad_mode": 1, "expert_capacity": 2}])
-def test_quantised_rows_have_no_gradient(options: dict[str, Any]) -> None:
+def test_quantized_rows_have_no_gradient(options: dict[str, Any]) -> None:
     x = CODES_X.clone().requires_grad_()
     assert not any(result.requires_grad for result in second(x, **options))
-    quantised = ops.npu_moe_init_routing_quant(x, IDS, expert_num=4, expert_tokens_num_mode=1)
-    assert not any(result is not None and result.requires_grad for result in quantised)
+    quantized = ops.npu_moe_init_routing_quant(x, IDS, expert_num=4, expert_tokens_num_mode=1)
+    assert not any(result is not None and result.requires_grad for result in quantized)
 
 
-def test_scales_of_quantised_rows_are_differentiable_where_they_are_copied() -> None:
+def test_scales_of_quantized_rows_are_differentiable_where_they_are_copied() -> None:
     scale = SCALE.clone().requires_grad_()
     rows, _, _, scales = second(X.to(torch.int8), scale=scale)
     assert not rows.requires_grad

@@ -117,7 +117,7 @@ def test_drop_pad_keeps_the_earliest_tokens_of_each_expert(ids: Tensor, capacity
 
 @repeatable
 @given(ids=routings(), quant_mode=st.integers(0, 1), mode=st.integers(1, 2))
-def test_quantised_and_second_generation_agree(ids: Tensor, quant_mode: int, mode: int) -> None:
+def test_quantized_and_second_generation_agree(ids: Tensor, quant_mode: int, mode: int) -> None:
     ids, x = ids.int(), 20 * _rows_for(ids)
     options: dict[str, Any] = {"quant_mode": quant_mode, "expert_num": 5}
     if quant_mode == 0:
@@ -246,7 +246,7 @@ def test_layer_with_a_capacity(capacity: int) -> None:
 
 
 @pytest.mark.parametrize(("mode", "group_list_type"), [(1, 0), (2, 1)])
-def test_layer_of_quantised_rows(mode: int, group_list_type: int) -> None:
+def test_layer_of_quantized_rows(mode: int, group_list_type: int) -> None:
     """The codes times their scales stand for the rows: within half a step of each element."""
     layer = Layer()
     codes, index, counts, _, scales = ops.npu_moe_init_routing_quant(

@@ -8,6 +8,7 @@ import torch
 
 from moe_npu import ops
 from tests.helpers.assertions import assert_bits_equal
+from tests.helpers.gloo import single_rank_group
 
 X = torch.arange(6.0).view(3, 2)
 IDS = torch.tensor([[0, 1], [1, 2], [2, 0]], dtype=torch.int32)
@@ -54,3 +55,17 @@ def test_other_types_are_refused(name: str, value: object) -> None:
     with pytest.raises(ops.OperatorError, match=f"npu_moe_gating_top_k: {name} must be a") as caught:
         ops.npu_moe_gating_top_k(X, **{"k": 1, name: value})
     assert isinstance(caught.value, TypeError)
+
+
+@pytest.mark.parametrize("counts", [torch.tensor([3]), [torch.tensor(3)], np.array([3]), (3,)])
+def test_counts(counts: object) -> None:
+    y, _, rows = ops.npu_alltoallv_gmm(
+        X, torch.eye(2)[None], single_rank_group(), 1, counts, counts, permute_out_flag=True
+    )
+    assert_bits_equal(y, X)
+    assert_bits_equal(rows, X)
+
+
+def test_a_bool_is_no_number() -> None:
+    with pytest.raises(ops.OperatorError, match="dim must be an int, but is bool"):
+        ops.npu_swiglu(X, True)

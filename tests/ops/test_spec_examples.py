@@ -155,7 +155,7 @@ def test_int4_packing_of_several_words_and_three_dimensions(impl: Any) -> None:
     assert_bits_equal(impl.npu_convert_weight_to_int4pack(_int32([rows, rows[::-1]])), _int32([packed, packed[::-1]]))
 
 
-# --- dynamic quantisation --------------------------------------------------------------------------------------------
+# --- dynamic quantization --------------------------------------------------------------------------------------------
 
 QUANT_ROWS = [[1, -2, 3, 4], [0, 0, 0, 0], [-8, 0.5, 2, 1]]
 
@@ -286,7 +286,7 @@ def test_gating_top_k_softmax(impl: Any, dtype: torch.dtype, masked: bool) -> No
     assert_bits_equal(row_idx, _int32([[0, 3], [1, 4], [2, 5]]))
 
 
-def test_gating_full_softmax_is_not_renormalised(impl: Any) -> None:
+def test_gating_full_softmax_is_not_renormalized(impl: Any) -> None:
     y, expert_idx, _ = impl.npu_moe_gating_top_k_softmax(torch.tensor(LOGITS), k=4)
     _assert_near(y[0], [0.457640, 0.457640, 0.061935, 0.022785])
     _assert_near(y[2], [0.439963, 0.439963, 0.098169, 0.021904])

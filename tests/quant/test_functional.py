@@ -1,4 +1,4 @@
-"""The pure functions of quantisation, against loops over the values."""
+"""The pure functions of quantization, against loops over the values."""
 
 from __future__ import annotations
 

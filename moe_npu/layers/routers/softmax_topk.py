@@ -50,7 +50,7 @@ class SoftmaxTopKRouter(Router):
     def forward(self, hidden_states: torch.Tensor) -> RouterOutput:
         """Route tokens ``[T, H]``."""
         router_logits = F.linear(hidden_states, self.weight)  # [T, E]
-        # in float32 the operator rounds nothing before the weights are normalised
+        # in float32 the operator rounds nothing before the weights are normalized
         scores = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
         topk_weights, topk_ids, _ = ops.npu_moe_gating_top_k_softmax(scores, k=self.top_k)  # [T, K]
         if self.norm_topk_prob:

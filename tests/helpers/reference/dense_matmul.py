@@ -16,8 +16,8 @@ def _columns(parameter: Tensor, columns: int) -> Tensor:
     return flat.expand(columns) if flat.numel() == 1 else flat
 
 
-def _dequantise(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int) -> Tensor:
-    """spec: weight-only quantisation 1.8.6. [K,N] integers to float64 values that were rounded to the scale's dtype."""
+def _dequantize(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int) -> Tensor:
+    """spec: weight-only quantization 1.8.6. [K,N] integers to float64 values that were rounded to the scale's dtype."""
     rows, columns = weight.shape
     is_grouped = scale.dim() == 2 and scale.shape[0] > 1
     result = torch.zeros(rows, columns, dtype=torch.float64)
@@ -51,7 +51,7 @@ def weight_quant_batchmatmul(
     if weight.dtype == torch.int32:
         weight = unpack_int4(weight) if weight.shape[0] == x.shape[1] else unpack_int4(weight.t()).t()
     columns = weight.shape[1]
-    y = x.double() @ _dequantise(weight, antiquant_scale, antiquant_offset, antiquant_group_size)
+    y = x.double() @ _dequantize(weight, antiquant_scale, antiquant_offset, antiquant_group_size)
     if bias is not None:
         y = y + _columns(bias, columns).double()
     if quant_scale is None:

@@ -110,7 +110,7 @@ def _quantized(call: dict[str, Any], token: int, slot: int) -> tuple[Tensor, Ten
 
 
 def dispatch(version: int, calls: Calls) -> list[tuple[Any, ...]]:
-    """spec: routing 5.2, 5.3. The seven results of each rank; quantised rows as float64 codes, in one lane."""
+    """spec: routing 5.2, 5.3. The seven results of each rank; quantized rows as float64 codes, in one lane."""
     calls, everyone = _complete(calls), received(calls)
     world, results = len(calls), []
     for rank, (call, rows) in enumerate(zip(calls, everyone, strict=True)):

@@ -30,8 +30,8 @@ def _per_group(tensors: TensorList | None, stacked: bool, groups: int) -> list[T
     return [tensors[g] for g in range(groups)]
 
 
-def dequantise_weight(weight: Tensor, scale: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """spec: weight-only quantisation 1.8.6. [K,N] integers to float64 values that were rounded to dtype.
+def dequantize_weight(weight: Tensor, scale: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """spec: weight-only quantization 1.8.6. [K,N] integers to float64 values that were rounded to dtype.
 
     float16 rounds after the addition and after the product; bfloat16 computes in float32 and rounds once.
     """
@@ -56,7 +56,7 @@ def dequantise_weight(weight: Tensor, scale: Tensor, offset: Tensor | None, dtyp
 
 
 def _float_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """spec: no quantisation 1.8.1. Every row of x [m,K] times weight [K,N], plus the bias, in float64."""
+    """spec: no quantization 1.8.1. Every row of x [m,K] times weight [K,N], plus the bias, in float64."""
     result = torch.zeros(x.shape[0], weight.shape[1], dtype=torch.float64)
     for row in range(x.shape[0]):
         result[row] = x[row].double() @ weight.double()
@@ -245,7 +245,7 @@ def grouped_matmul(
             y_dtype = torch.int8 if output_dtype is None else output_dtype
             y = _int8_rows(rows, matrix, biases[group], scales[group], factors, act_type or 0, y_dtype)
         elif antiquant_scales[group] is not None:
-            matrix = dequantise_weight(matrix, antiquant_scales[group], antiquant_offsets[group], rows.dtype)
+            matrix = dequantize_weight(matrix, antiquant_scales[group], antiquant_offsets[group], rows.dtype)
             y = _float_rows(rows, matrix, biases[group])
         else:
             y = _float_rows(rows, matrix, biases[group])

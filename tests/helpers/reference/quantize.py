@@ -28,7 +28,7 @@ def _dtype(dtype: torch.dtype | int | None) -> torch.dtype | None:
     return NUMBERS[dtype] if isinstance(dtype, int) else dtype
 
 
-def _quantise_vector(values: np.ndarray, limit: int) -> tuple[np.ndarray, np.float32]:
+def _quantize_vector(values: np.ndarray, limit: int) -> tuple[np.ndarray, np.float32]:
     """The integers and the scale of one float32 vector that shares a scale, in float32 steps."""
     amax = np.float32(np.max(np.abs(values))) if values.size else np.float32(0)
     if amax == 0:
@@ -71,21 +71,21 @@ def dynamic_quant(
     value = _smoothed(input, smooth_scales, group_index, quant_mode)
     y = np.zeros(value.shape, dtype=np.int8)
     if quant_mode == "pertensor":
-        y, factor = _quantise_vector(value, limit)
+        y, factor = _quantize_vector(value, limit)
         scale = np.full((1,), factor, dtype=np.float32)
     elif quant_mode == "perchannel":
         scale = np.zeros((*value.shape[:-2], value.shape[-1]), dtype=np.float32)
         for index in np.ndindex(*scale.shape):
             vector = (*index[:-1], slice(None), index[-1])
-            y[vector], scale[index] = _quantise_vector(value[vector], limit)
+            y[vector], scale[index] = _quantize_vector(value[vector], limit)
     else:
         scale = np.zeros(value.shape[:-1], dtype=np.float32)
         for index in np.ndindex(*scale.shape):
-            y[index], scale[index] = _quantise_vector(value[index], limit)
-    quantised = torch.from_numpy(y)
+            y[index], scale[index] = _quantize_vector(value[index], limit)
+    quantized = torch.from_numpy(y)
     if dst_type == torch.quint4x2:
-        quantised = pack_int4(quantised)
-    return quantised, torch.from_numpy(scale)
+        quantized = pack_int4(quantized)
+    return quantized, torch.from_numpy(scale)
 
 
 def _asymmetric_vector(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.float32, np.float32]:
@@ -121,8 +121,8 @@ def dynamic_quant_asymmetric(
         elif quant_mode == "pertensor":
             vector = (slice(None),) * value.ndim
         y[vector], scale[index], offset[index] = _asymmetric_vector(value[vector], 4 if is_int4 else 8)
-    quantised = torch.from_numpy(y)
-    return pack_int4(quantised) if is_int4 else quantised, torch.from_numpy(scale), torch.from_numpy(offset)
+    quantized = torch.from_numpy(y)
+    return pack_int4(quantized) if is_int4 else quantized, torch.from_numpy(scale), torch.from_numpy(offset)
 
 
 def quantize(
@@ -159,8 +159,8 @@ def quantize(
             code = values[index] * (np.float32(1) / factors[channel] if div_mode else factors[channel])
             code = code if zeros is None else code + np.float32(zeros[channel])
         codes[index] = 0 if np.isnan(code) else int(np.clip(np.rint(float(code)), low, high))
-    quantised = torch.from_numpy(codes).to(result_dtype)
-    return pack_int4(quantised) if is_packed else quantised
+    quantized = torch.from_numpy(codes).to(result_dtype)
+    return pack_int4(quantized) if is_packed else quantized
 
 
 def anti_quant(

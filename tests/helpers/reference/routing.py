@@ -86,7 +86,7 @@ def _static(row: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return torch.from_numpy(np.clip(np.rint(value), -128, 127).astype(np.int8))
 
 
-def _quantised(
+def _quantized(
     x: Tensor,
     expert_idx: Tensor,
     expansion: _Expansion,
@@ -153,7 +153,7 @@ def moe_init_routing_v2(
     expanded_x: Any
     expanded_scale: Any = torch.zeros(len(expansion.pairs), dtype=torch.float32)
     if quant_mode != -1:
-        expanded_x, scales = _quantised(x, expert_idx, expansion, scale, offset, start, quant_mode)
+        expanded_x, scales = _quantized(x, expert_idx, expansion, scale, offset, start, quant_mode)
         expanded_scale = scales if quant_mode == 1 else expanded_scale
     else:
         wide = x.double() if x.is_floating_point() else x
@@ -202,7 +202,7 @@ def moe_init_routing_quant(
         scale = None
     capacity = expert_capacity if drop_pad_mode == 1 else None
     expansion = _expand(expert_idx, 0, expert_num, active_num, capacity)
-    expanded_x, scales = _quantised(x, expert_idx, expansion, scale, offset, 0, quant_mode)
+    expanded_x, scales = _quantized(x, expert_idx, expansion, scale, offset, 0, quant_mode)
     if capacity is not None:
         shape = (expert_num, capacity, x.shape[1])
         is_codes = isinstance(expanded_x, Codes)

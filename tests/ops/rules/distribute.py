@@ -178,7 +178,7 @@ RULES: list[Rule] = [
     ("dispatch-nums", dispatch(expert_token_nums_type=2), "the expert_token_nums_type should be 0 or 1, but is 2"),
     ("dispatch-quant-mode", dispatch_v2(quant_mode=1), "quant_mode must be 0 (none) or 2 (dynamic int8), but is 1"),
     (
-        "dispatch-int4-quantised",
+        "dispatch-int4-quantized",
         dispatch_v2(x=zeros(2, 3, dtype=I32), quant_mode=2),
         "quant_mode must be 0 for int32 x, which is int4 already",
     ),
@@ -280,6 +280,12 @@ RULES: list[Rule] = [
         "tp_send_counts must have one entry per lane, but has shape (1,)",
     ),
     ("combine-quant-mode", combine(comm_quant_mode=1), "comm_quant_mode must be 0 (none) or 2"),
+    ("combine-expand-elsewhere", combine(expand_scales=torch.ones(4, device="meta")), "expand_scales must be on cpu"),
+    (
+        "combine-v2-performance",
+        combine_v2(performance_info=torch.ones(3)),
+        "performance_info must have dtype int64, but has float32",
+    ),
     ("combine-expand-grad", combine(expand_scales=wants_grad(4)), "expand_scales requires a gradient, but has none"),
     (
         "combine-shared-twice",
@@ -319,7 +325,7 @@ RULES: list[Rule] = [
     ),
     ("combine-few-rows", combine(expand_x=zeros(3, 3)), "expand_x must have the 4 rows of ep_send_counts, but has 3"),
     ("combine-grad-on-a-device", on_a_device, "expand_x and expert_scales have a gradient on CPU only"),
-    # combine, add, normalise
+    # combine, add, normalize
     ("norm-residual-elsewhere", norm(residual_x=zeros(2, 1, 3).to(ELSEWHERE)), "residual_x must be on cpu"),
     ("norm-half-gamma", norm(gamma=zeros(3, dtype=F16)), "gamma must have dtype float32, but has float16"),
     ("norm-2d-residual", norm(residual_x=zeros(2, 3)), "residual_x must have shape (2, 1, 3), but has (2, 3)"),

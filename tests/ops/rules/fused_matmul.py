@@ -109,7 +109,7 @@ RULES: list[Rule] = [
         v1(x=MANY, weight=zeros(2, 65536, 16, dtype=I8)),
         "x must have at most 65535 columns, but has 65536; more could overflow",
     ),
-    # swiglu and quantisation
+    # swiglu and quantization
     ("v1-dtypes", v1(weight=zeros(2, 8, 16)), "x and weight must be int8 and int8, int8 and int32 (int4 weights) or"),
     ("v1-int4-x", v1(x=zeros(3, 1, dtype=I32)), f"{V1}: x must have dtype int8, but has int32"),
     ("v2-int4-x-int8-weight", v2(x=zeros(3, 2, dtype=I32)), "but are int32 and int8"),
@@ -270,7 +270,7 @@ RULES: list[Rule] = [
     ("add-beyond-rows", add(group_list=int64([2, 4])), "npu_grouped_matmul_add: group_list covers 4 rows but"),
     ("add-gradient", add(weight=grad(3, 5, dtype=BF16)), "weight requires a gradient, but has none; detach it"),
     ("add-input-gradient", add_(input=grad(2, 3, 5)), "input requires a gradient, but has none; detach it"),
-    # quantised on the way in
+    # quantized on the way in
     ("dequant-bias", dequant(bias=zeros(2, 5)), "npu_quant_grouped_matmul_dequant: bias must be None"),
     ("dequant-x-offset", dequant(x_offset=zeros(1)), "x_offset must be None"),
     ("dequant-mode", dequant(quant_mode="perchannel"), "quant_mode must be one of ('pertoken', 'pertensor'), but is"),

@@ -53,7 +53,7 @@ RULES: list[Rule] = [
     ("mm-float64-bias", grouped_mm(bias=zeros(2, 4, dtype=F64)), "but has float64"),
     ("mm-bias-shape", grouped_mm(bias=zeros(4)), "bias must have shape (2, 4), but has (4,)"),
     ("mm-negative-count", grouped_mm(expert_tokens=int64([-1, 3])), "should be larger than or equal to 0"),
-    ("mm-beyond-rows", grouped_mm(expert_tokens=int64([3, 3])), "group_list covers 6 rows but there are only 5"),
+    ("mm-beyond-rows", grouped_mm(expert_tokens=int64([3, 3])), "expert_tokens covers 6 rows but there are only 5"),
     ("weight-grad-3d-dy", weight_grad(dy=zeros(1, 5, 4)), "grouped_mm_weight_grad: dy must have 2 dimensions"),
     ("weight-grad-other-rows", weight_grad(dy=zeros(4, 4)), "x has 5 rows but dy has 4"),
 ]

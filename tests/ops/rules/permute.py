@@ -112,7 +112,11 @@ RULES: list[Rule] = [
         "one weight per entry of sorted_indices, but has shape (2, 2)",
     ),
     ("unpermute-padded", unpermute(padded_mode=True), "padded_mode must be False; no device has the padded form"),
-    ("unpermute-negative-id", unpermute(sorted_indices=ints(0, 1, -2, 3, 4, 5)), "sorted_indices has -2 with a weight"),
+    (
+        "unpermute-negative-id",
+        unpermute(sorted_indices=ints(0, 1, -2, 3, 4, 5)),
+        "sorted_indices must not be negative where the weight is not",
+    ),
     ("unpermute-list-of-floats", unpermute(restore_shape=[1.0]), "restore_shape[0] must be an int, but is float"),
     ("internal-unpermute-3d", internal_unpermute(permuted_tokens=zeros(1, 6, 4)), "must have 2 dimensions, but has"),
     (
@@ -146,9 +150,13 @@ RULES: list[Rule] = [
     (
         "permute-grad-negative",
         permute_grad(sorted_indices=ints(0, 1, -2, 3, 4, 5)),
-        "permute_grad: sorted_indices has -2",
+        "permute_grad: sorted_indices must not be negative, but has -2",
     ),
-    ("permute-grad-v2-negative", permute_grad_v2(sorted_indices=ints(0, 1, -1, 3, 4, 5)), "_v2: sorted_indices has -1"),
+    (
+        "permute-grad-v2-negative",
+        permute_grad_v2(sorted_indices=ints(0, 1, -1, 3, 4, 5)),
+        "_v2: sorted_indices must not be negative, but has -1",
+    ),
     (
         "permute-grad-v2-int64",
         permute_grad_v2(sorted_indices=zeros(6, dtype=I64)),
@@ -180,7 +188,11 @@ RULES: list[Rule] = [
         "4 columns like permuted_tokens, but",
     ),
     ("unpermute-grad-probs", unpermute_grad(probs=torch.ones(2, 2)), "one weight per entry of sorted_indices, but has"),
-    ("unpermute-grad-negative", unpermute_grad(sorted_indices=ints(0, 1, -2, 3, 4, 5)), "sorted_indices has -2 with a"),
+    (
+        "unpermute-grad-negative",
+        unpermute_grad(sorted_indices=ints(0, 1, -2, 3, 4, 5)),
+        "sorted_indices must not be neg",
+    ),
     ("unpermute-grad-padded", unpermute_grad(padded_mode=True), "npu_moe_token_unpermute_grad: padded_mode must be"),
     ("unpermute-grad-v2-padded", unpermute_grad_v2(padded_mode=True), "npu_moe_token_unpermute_grad_v2: padded_mode"),
     (

@@ -64,7 +64,7 @@ RULES: list[Rule] = [
         "group_index must be on cpu",
     ),
     ("quant-dtype-number", quant(dst_type=23), "dst_type must be a dtype or the number of one, but is 23"),
-    ("quant-dtype-bool", quant(dst_type=True), "dst_type must be a dtype or the number of one, but is True"),
+    ("quant-dtype-bool", quant(dst_type=True), "dst_type must be a dtype or an int or None, but is bool"),
     ("quant-float32", quant(dtype=F32), "input must have dtype float16, bfloat16, but has float32"),
     ("quant-1d", quant(8), "Input shape dim should be greater than 1, but input has shape (8,)"),
     ("quant-dst-type", quant(dst_type=torch.uint8), "dst_type must be None, torch.int8 or torch.quint4x2"),

@@ -47,7 +47,7 @@ RULES: list[Rule] = [
     (
         "clipped-negative-count",
         clipped(group_index=int64([2, -1])),
-        "npu_clipped_swiglu: group_index: group_list counts should be larger than or equal to 0, but are [2, -1]",
+        "npu_clipped_swiglu: group_index counts should be larger than or equal to 0, but are [2, -1]",
     ),
 ]
 

@@ -78,17 +78,17 @@ _QUANT: list[Rule] = [
     (
         "swiglu-quant-decreasing",
         quant(group_index=ints(3, 2)),
-        "npu_swiglu_quant: group_index: each difference of group_list should be larger than or equal to 0",
+        "npu_swiglu_quant: each difference of group_index should be larger than or equal to 0",
     ),
     (
         "swiglu-quant-negative",
         quant(group_index=ints(3, -1), group_list_type=1),
-        "group_index: group_list counts should be larger than or equal to 0, but are [3, -1]",
+        "group_index counts should be larger than or equal to 0, but are [3, -1]",
     ),
     (
         "swiglu-quant-too-many",
         quant(group_index=ints(3, 2), group_list_type=1),
-        "group_index: group_list covers 5 rows but there are only 4",
+        "group_index covers 5 rows but there are only 4",
     ),
 ]
 
@@ -160,9 +160,9 @@ _DEQUANT: list[Rule] = [
     (
         "dequant-negative",
         _grouped([5, -1]),
-        "npu_dequant_swiglu_quant: group_index: group_list counts should be larger than or equal to 0",
+        "npu_dequant_swiglu_quant: group_index counts should be larger than or equal to 0",
     ),
-    ("dequant-too-many", _grouped([3, 2]), "group_index: group_list covers 5 rows but there are only 4"),
+    ("dequant-too-many", _grouped([3, 2]), "group_index covers 5 rows but there are only 4"),
 ]
 
 RULES: list[Rule] = [*_ELSEWHERE, *_QUANT, *_DEQUANT]

@@ -54,7 +54,7 @@ def poisoned(factors: Tensor, covered: int) -> Tensor:
     return factors
 
 
-# --- with SwiGLU and quantisation ------------------------------------------------------------------------------------
+# --- with SwiGLU and quantization ------------------------------------------------------------------------------------
 
 
 def swiglu_inputs(
@@ -312,7 +312,7 @@ def _add_samples() -> list[Sample]:
     ]
 
 
-# --- quantised on the way in -----------------------------------------------------------------------------------------
+# --- quantized on the way in -----------------------------------------------------------------------------------------
 
 
 def dequant_inputs(

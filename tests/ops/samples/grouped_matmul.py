@@ -191,7 +191,7 @@ def matmul_inputs(
         if forms == "sss":
             shapes = [(experts, k, n)]
     else:
-        factors = [1 if rank > 2 else 2 - index % 2 for index in range(experts)]  # quantisation groups divide K
+        factors = [1 if rank > 2 else 2 - index % 2 for index in range(experts)]  # quantization groups divide K
         shapes = [(k * factor, n + 8 * (forms == "mmm") * index) for index, factor in enumerate(factors)]
         middle = [2, 1, 3, 1][: rank - 2]
         x = [draw.x(count, *middle, shape[0]) for count, shape in zip(counts, shapes, strict=True)]

@@ -28,7 +28,7 @@ def row_idx(expert_idx: Tensor) -> Tensor:
 
 
 def rows(num_tokens: int, h: int = 3, dtype: torch.dtype = F32) -> Tensor:
-    """Values that no quantisation rounds from a tie; the second row is zero."""
+    """Values that no quantization rounds from a tie; the second row is zero."""
     values = Values().normal(num_tokens, h)
     values[1:2] = 0
     return (10 * values).to(dtype)
@@ -115,7 +115,7 @@ def _second_samples() -> list[Sample]:
     def some_rows(num_rows: int) -> Inputs:
         return inputs(num_rows, scale=(num_rows,), **some, **counted(1))
 
-    def quantised_rows(num_rows: int) -> Inputs:
+    def quantized_rows(num_rows: int) -> Inputs:
         return inputs(num_rows, quant_mode=1, experts=6, scale=(6, 3), **counted(0), row_idx_type=1)
 
     def padded_rows(num_rows: int) -> Inputs:
@@ -168,7 +168,7 @@ def _second_samples() -> list[Sample]:
         sample("static-bfloat16", 5, dtype=BF16, quant_mode=0, scale=(1,), offset=0.0, h=9, traced=False),
         sample("static-padded", 5, quant_mode=0, scale=(1,), offset=20.0, expert_capacity=2, **padded),
         sample("dynamic", 5, quant_mode=1, **counted(1)),
-        sample("dynamic-scale", 5, quant_mode=1, scale=(4, 3), row_idx_type=1, with_rows=quantised_rows),
+        sample("dynamic-scale", 5, quant_mode=1, scale=(4, 3), row_idx_type=1, with_rows=quantized_rows),
         sample("dynamic-one-scale", 5, quant_mode=1, scale=(1, 3), **some, active_num=2, traced=False),
         sample("dynamic-range-scale", 6, 3, dtype=F16, quant_mode=1, scale=(2, 3), **some, **counted(2)),
         sample("dynamic-padded", 6, 3, dtype=BF16, quant_mode=1, scale=(4, 3), expert_capacity=2, **padded),
@@ -176,7 +176,7 @@ def _second_samples() -> list[Sample]:
     ]
 
 
-# --- quantised -------------------------------------------------------------------------------------------------------
+# --- quantized -------------------------------------------------------------------------------------------------------
 
 
 def _quant_samples() -> list[Sample]:
@@ -251,7 +251,7 @@ def _first_call(draw: st.DrawFn) -> Inputs:
     return (x, row_idx(expert_idx), expert_idx, draw(st.integers(0, 8))), {}
 
 
-def _quantisation(draw: st.DrawFn, mode: int, x: Tensor, experts: int) -> dict[str, Any]:
+def _quantization(draw: st.DrawFn, mode: int, x: Tensor, experts: int) -> dict[str, Any]:
     values = Values(draw(st.integers(0, 9)))
     if mode == 0:
         return {"scale": values.positive(1), "offset": values.normal(1) * 20}
@@ -281,7 +281,7 @@ def _second_call(draw: st.DrawFn) -> Inputs:
         options |= {"row_idx_type": draw(st.integers(0, 1)), "expert_tokens_num_type": draw(st.integers(0, 2))}
     if (start, end) != (0, experts) or draw(st.booleans()):
         options["active_expert_range"] = [start, end]
-    return (x, expert_idx), {**options, **_quantisation(draw, mode, x, end - start)}
+    return (x, expert_idx), {**options, **_quantization(draw, mode, x, end - start)}
 
 
 def _quant_call(draw: st.DrawFn) -> Inputs:
@@ -298,7 +298,7 @@ def _quant_call(draw: st.DrawFn) -> Inputs:
         "expert_tokens_num_mode": draw(st.integers(0, 2)),
         "expert_tokens_before_capacity_flag": draw(st.booleans()),
     }
-    return (x, expert_idx), {**options, **_quantisation(draw, mode, x, experts)}
+    return (x, expert_idx), {**options, **_quantization(draw, mode, x, experts)}
 
 
 DRAWS: dict[str, Callable[[st.DrawFn], Inputs]] = {
