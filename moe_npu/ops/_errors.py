@@ -59,7 +59,7 @@ def require_device(op: str, argument: str, tensor: torch.Tensor | None, x: torch
 
 
 # torch_npu takes and passes dtypes as PyTorch's scalar type numbers too (spec: grouped matmul 0.10)
-_DTYPE_CODES = {
+DTYPE_CODES = {
     0: torch.uint8,
     1: torch.int8,
     3: torch.int32,
@@ -78,9 +78,9 @@ def as_dtype(op: str, argument: str, value: torch.dtype | int | None) -> torch.d
     """The dtype that ``value`` names: a dtype, PyTorch's number of it, or None."""
     if value is None or isinstance(value, torch.dtype):
         return value
-    if value not in _DTYPE_CODES:
+    if value not in DTYPE_CODES:
         reject(f"{op}: {argument} must be a dtype or the number of one, but is {value!r}")
-    return _DTYPE_CODES[value]
+    return DTYPE_CODES[value]
 
 
 def require_dim(op: str, argument: str, tensor: torch.Tensor, allowed: Sequence[int]) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from moe_npu.ops._errors import as_dtype, reject, require, require_device, require_dtype
+from moe_npu.ops._groups import COUNTS
 
 NO_QUANT, STATIC, DYNAMIC = -1, 0, 1
 
 _V2 = "npu_moe_init_routing_v2"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _QUANT_MODES = (-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 14, 15)
-_COUNTS = 1
 _MAX_EXPERTS = 10240
 _INT4 = 285  # torch_npu's number for a dtype that PyTorch does not have
 
@@ -79,7 +79,7 @@ def check_v2(
         )
         require(row_idx_type == 0, f"{_V2}: row_idx_type must be 0 with drop_pad_mode 1")
         require(
-            not expert_tokens_num_flag or expert_tokens_num_type == _COUNTS,
+            not expert_tokens_num_flag or expert_tokens_num_type == COUNTS,
             f"{_V2}: expert_tokens_num_type must be 1 with drop_pad_mode 1",
         )
 

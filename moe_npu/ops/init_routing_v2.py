@@ -22,18 +22,18 @@ from moe_npu.ops._expert_sort import (
     spread,
     sum_over_slots,
 )
+from moe_npu.ops._groups import CUMSUM, PAIRS
 from moe_npu.ops._init_routing_rules import DYNAMIC, NO_QUANT, STATIC, check_v2, resolve_range
 from moe_npu.ops._library import register_op
 from moe_npu.ops._signature import typed
 
-_CUMSUM, _KEY_VALUE = 0, 2
 _Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _encode_counts(counts: torch.Tensor, start: int, expert_num: int, type: int) -> torch.Tensor:
-    if type == _CUMSUM:
+    if type == CUMSUM:
         return counts.cumsum(0)
-    if type != _KEY_VALUE:
+    if type != PAIRS:
         return counts
     used = counts.nonzero().squeeze(1)
     pairs = counts.new_zeros(expert_num, 2)
@@ -93,7 +93,7 @@ def _scale_dtype(scale: torch.Tensor | None) -> torch.dtype:
 
 def _counts_shape(expert_num: int, expert_tokens_num_type: int, start: int, end: int) -> tuple[int, ...]:
     """What a device allocates, with or without ``expert_tokens_num_flag``; its shape function has no dims without."""
-    return (expert_num, 2) if expert_tokens_num_type == _KEY_VALUE else (end - start,)
+    return (expert_num, 2) if expert_tokens_num_type == PAIRS else (end - start,)
 
 
 def _npu(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moe_npu.ops._errors import as_dtype, dtype_name, reject, require, require_device, require_dtype
+from moe_npu.ops._errors import DTYPE_CODES, as_dtype, dtype_name, reject, require, require_device, require_dtype
 from moe_npu.ops._library import register_op
 from moe_npu.ops._numerics import INT4_PER_WORD, pack_int4, round_to_int, unpack_int4
 from moe_npu.ops._signature import typed
@@ -40,16 +40,6 @@ _MULTIPLIED = {
     torch.quint4x2: (torch.int32, -8, 7),
     torch.int32: (torch.int32, -8, 7),
 }
-# by number, since any other is refused in the words of this operator
-_NUMBERS = {
-    0: torch.uint8,
-    1: torch.int8,
-    3: torch.int32,
-    12: torch.qint8,
-    13: torch.quint8,
-    14: torch.qint32,
-    16: torch.quint4x2,
-}
 
 
 def _check_quantize(
@@ -66,7 +56,8 @@ def _check_quantize(
     require_device(op, "zero_points", zero_points, input)
     if input.dtype not in _FLOATS:
         reject(f"{op}: input must have dtype float32, float16, bfloat16, but has {dtype_name(input.dtype)}")
-    wanted = dtype if isinstance(dtype, torch.dtype) else _NUMBERS.get(int(dtype))
+    # not as_dtype: any other number is refused in the words of this operator
+    wanted = dtype if isinstance(dtype, torch.dtype) else DTYPE_CODES.get(int(dtype))
     if div_mode and wanted not in _DIVIDED:
         reject(f"{op}: Param (dtype) must be Int8, UInt8, Int32, but is {dtype}")
     if not div_mode and wanted not in _MULTIPLIED:
