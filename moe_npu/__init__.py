@@ -5,7 +5,7 @@
 ``experts_implementation="moe_npu"`` known to transformers if that is or gets imported.
 """
 
-from moe_npu import layers, ops, quant
+from moe_npu import _torch, layers, ops, quant  # noqa: F401 - torch first
 from moe_npu.layers import (
     GroupedExperts,
     LocalDispatcher,

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from moe_npu.quant import get_scheme, quantize_checkpoint, scheme_names
 from moe_npu.quant.inspection import inspect_checkpoint
+from moe_npu.sim import SimulatorError, launcher
 
 app = typer.Typer(
     help="Mixture-of-Experts models on Ascend NPUs and CPUs: quantize checkpoints, look into them, run a demo.",
@@ -139,11 +140,53 @@ def inspect(
     console.print(table)
 
 
+@app.command(
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
+    options_metavar="[OPTIONS]",
+)
+def sim(
+    program: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SCRIPT [ARGS]...", help="What python gets: a file, -m MODULE or -c CODE, and arguments."
+        ),
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
+    compat: Annotated[
+        bool, typer.Option("--compat", help="Accept calls for earlier releases of torch_npu, with a warning.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Simulate although CANN is installed.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Print what is installed and whether a smoke test passes.")
+    ] = False,
+) -> None:
+    """Run a program on a simulated NPU.
+
+    The unmodified torch_npu runs without an NPU and without CANN; its operators are computed by the CPU kernels of
+    moe_npu.ops. For development and tests: it says nothing about the speed of a device. Needs torch_npu
+    (pip install --no-deps torch-npu==2.13.0) and g++; the first start compiles for a few seconds.
+
+    Example: moe-npu sim train.py --epochs 1
+    """
+    variables = launcher.environment(devices=devices, compat=compat, force=force)
+    if not check:
+        if not program:
+            raise ValueError("name a program to run, e.g. moe-npu sim script.py, or use --check")
+        launcher.run(program, variables)
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+    findings = launcher.check(variables)
+    for finding in findings:
+        table.add_row("ok" if finding.is_fine else "NO", finding.what, finding.value)
+    Console().print(table)
+    if not all(finding.is_fine for finding in findings):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command; a mistake of the user is one sentence on standard error and exit code 2."""
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SimulatorError) as error:
         sys.stderr.write(f"moe-npu: {error}\n")
         sys.exit(2)
 

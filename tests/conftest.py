@@ -1,17 +1,23 @@
-"""Seeds every test and fills what the library allocates without initializing, so that an unwritten element shows."""
+"""Seeds every test, fills what the library allocates without initializing, and gives `npu` tests their device."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # torch_npu is imported by the tests that use it
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from moe_npu import sim
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores already
@@ -27,6 +33,22 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Importing torch_npu changes torch: in every process, the tests that do so run last."""
+    items.sort(key=lambda item: item.get_closest_marker("npu") is not None)
+
+
+@pytest.fixture(scope="session")
+def npu() -> torch.device:
+    """The device of `npu` tests: the simulated one."""
+    if importlib.util.find_spec("torch_npu") is None:
+        pytest.skip("torch_npu is not installed; pip install --no-deps torch-npu==2.13.0 brings it")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch_npu says while it is imported
+        sim.activate()
+    return torch.device("npu", 0)
 
 
 def _fill(tensor: Tensor) -> Tensor:

@@ -13,7 +13,13 @@ import moe_npu
 
 ROOT = Path(moe_npu.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-LAYERING = {"ops": set(), "quant": {"ops"}, "layers": {"ops", "quant"}, "demo": {"ops", "quant", "layers"}}
+LAYERING = {
+    "ops": set(),
+    "quant": {"ops"},
+    "layers": {"ops", "quant"},
+    "demo": {"ops", "quant", "layers"},
+    "sim": {"ops"},
+}
 # transformers is imported by those who use it only
 USES_TRANSFORMERS = {"layers/hf.py", "layers/hf_quantizer.py"}
 # siblings that know nothing of each other, only of these
@@ -49,8 +55,9 @@ class TestImports:
             if pieces[0] == "moe_npu" and len(pieces) > 1 and pieces[1] in LAYERING:
                 assert pieces[1] in LAYERING[part] | {part}, f"{part} must not import {name}"
 
-    def test_torch_npu_is_never_imported(self, file: Path) -> None:
-        assert not any(name.split(".")[0] == "torch_npu" for name in imported(file))
+    def test_torch_npu_is_imported_by_the_simulator_only(self, file: Path) -> None:
+        if file.relative_to(ROOT).parts[0] != "sim":
+            assert not any(name.split(".")[0] == "torch_npu" for name in imported(file))
 
     def test_transformers_is_imported_where_it_is_extended_only(self, file: Path) -> None:
         name = file.relative_to(ROOT).as_posix()
@@ -67,7 +74,8 @@ class TestImports:
                 assert any(name.startswith(base) for base in ISLANDS[folder]), f"{file.name} must not import {name}"
 
     def test_torch_library_is_used_in_one_place(self, file: Path) -> None:
-        if file.name != "_library.py":
+        # the simulator does not define operators, it replaces the device's kernels of others
+        if file.name != "_library.py" and file.relative_to(ROOT).as_posix() != "sim/aten.py":
             assert "torch.library" not in file.read_text()
 
     def test_files_are_short(self, file: Path) -> None:

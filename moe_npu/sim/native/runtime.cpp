@@ -1,0 +1,387 @@
+// The runtime of a simulated Ascend device: the acl functions that torch_npu needs a meaning for, the descriptors of
+// operator arguments, and the step from an operator's C call to the Python function that computes it.
+//
+// Device memory is host memory. Streams and events are handles; work is done when it is submitted.
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "operators.h"
+
+namespace {
+
+constexpr int kSuccess = 0;
+constexpr int kOutOfMemory = 207001;  // ACL_ERROR_RT_MEMORY_ALLOCATION
+constexpr size_t kAlignment = 512;
+constexpr char kCannVersion[] = "9.1.0";
+constexpr uint64_t kDeviceMemory = 64ull << 30;  // an Ascend910B1 has 64 GB
+
+// ---- what the Python side hears ------------------------------------------------------------------------------------
+
+enum Event : int { kMemcpy = 0, kSynchronize = 1 };
+
+using RunOperator = int (*)(int operator_id, const Slot* slots, int num_slots);
+using Observe = void (*)(int event, int kind, uint64_t bytes);
+RunOperator run_operator = nullptr;
+std::atomic<Observe> observe{nullptr};
+thread_local std::string failure;
+
+enum Outcome : int { kDone = 0, kNotImplemented = 1 };
+
+void notify(Event event, int kind, uint64_t bytes) {
+  if (Observe callback = observe.load()) callback(event, kind, bytes);
+}
+
+[[noreturn]] void raise(int outcome, const std::string& message) {
+  const c10::SourceLocation here{__func__, __FILE__, static_cast<uint32_t>(__LINE__)};
+  if (outcome == kNotImplemented) throw c10::NotImplementedError(here, message);
+  throw c10::Error(here, message);
+}
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+std::mutex memory_lock;
+std::unordered_map<void*, size_t> device_blocks, host_blocks;
+uint64_t device_bytes = 0;
+
+int allocate(void** pointer, size_t size, std::unordered_map<void*, size_t>& blocks, bool is_device) {
+  size = std::max<size_t>(1, (size + kAlignment - 1) / kAlignment) * kAlignment;
+  std::lock_guard<std::mutex> guard(memory_lock);
+  if (is_device && device_bytes + size > kDeviceMemory) return kOutOfMemory;
+  *pointer = std::aligned_alloc(kAlignment, size);
+  if (*pointer == nullptr) return kOutOfMemory;
+  blocks[*pointer] = size;
+  if (is_device) device_bytes += size;
+  return kSuccess;
+}
+
+int release(void* pointer, std::unordered_map<void*, size_t>& blocks, bool is_device) {
+  std::lock_guard<std::mutex> guard(memory_lock);
+  auto block = blocks.find(pointer);
+  if (block == blocks.end()) return pointer == nullptr ? kSuccess : 107000;  // ACL_ERROR_RT_PARAM_INVALID
+  if (is_device) device_bytes -= block->second;
+  blocks.erase(block);
+  std::free(pointer);
+  return kSuccess;
+}
+
+int copy(void* destination, size_t capacity, const void* source, size_t size, int kind) {
+  if (size > capacity) return 107000;
+  notify(kMemcpy, kind, size);
+  std::memmove(destination, source, size);
+  return kSuccess;
+}
+
+// ---- descriptors of arguments --------------------------------------------------------------------------------------
+
+enum Kind : int64_t { kTensor = 1, kTensorList, kIntArray, kFloatArray, kBoolArray, kScalar, kScalarList };
+
+struct Descriptor {
+  int64_t kind;
+  std::atomic<int64_t> references{1};
+  explicit Descriptor(Kind kind) : kind(kind) {}
+};
+
+// laid out as moe_npu/sim/descriptors.py reads it
+struct Tensor : Descriptor {
+  static constexpr int kMaxDim = 16;
+  int64_t dim = 0, offset = 0, dtype = 0, format = 0, storage_dim = 0;
+  int64_t shape[kMaxDim] = {}, strides[kMaxDim] = {}, storage_shape[kMaxDim] = {};
+  void* data = nullptr;
+  Tensor() : Descriptor(kTensor) {}
+};
+
+// a list of anything: pointers to descriptors, or values of eight bytes
+struct Array : Descriptor {
+  uint64_t size;
+  void* values;
+  Array(Kind kind, uint64_t size) : Descriptor(kind), size(size), values(std::calloc(size + 1, 8)) {}
+};
+
+struct Scalar : Descriptor {
+  int64_t dtype;
+  uint8_t value[16] = {};
+  explicit Scalar(int dtype) : Descriptor(kScalar), dtype(dtype) {}
+};
+
+void retain(void* pointer) {
+  if (pointer != nullptr) static_cast<Descriptor*>(pointer)->references++;
+}
+
+void drop(const void* pointer) {
+  auto* descriptor = static_cast<Descriptor*>(const_cast<void*>(pointer));
+  if (descriptor == nullptr || --descriptor->references > 0) return;
+  switch (descriptor->kind) {
+    case kTensor:
+      delete static_cast<Tensor*>(descriptor);
+      return;
+    case kScalar:
+      delete static_cast<Scalar*>(descriptor);
+      return;
+    default:
+      auto* array = static_cast<Array*>(descriptor);
+      if (array->kind == kTensorList || array->kind == kScalarList) {
+        for (uint64_t i = 0; i < array->size; i++) drop(static_cast<void**>(array->values)[i]);
+      }
+      std::free(array->values);
+      delete array;
+  }
+}
+
+template <typename From, typename To>
+void* create_array(Kind kind, const From* values, uint64_t size) {
+  auto* array = new Array(kind, size);
+  for (uint64_t i = 0; i < size; i++) static_cast<To*>(array->values)[i] = static_cast<To>(values[i]);
+  return array;
+}
+
+// ---- operators -----------------------------------------------------------------------------------------------------
+
+struct Executor {
+  const Operator* op;
+  std::vector<Slot> slots;
+  ~Executor() {
+    for (size_t i = 0; i < slots.size(); i++) {
+      if (op->signature[i] >= 'A' && op->signature[i] <= 'Z') drop(slots[i].pointer);
+    }
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+void moe_npu_sim_connect(RunOperator run) { run_operator = run; }
+void moe_npu_sim_observe(Observe callback) { observe = callback; }
+void moe_npu_sim_fail(const char* message) { failure = message; }
+uint64_t moe_npu_sim_allocated() { return device_bytes; }
+
+// first phase of an operator: keep the arguments (capital letters in the signature are descriptors)
+int moe_npu_sim_prepare(const Operator* op, const Slot* slots, uint64_t* workspace_size, void** executor) {
+  auto* kept = new Executor{op, std::vector<Slot>(slots, slots + std::strlen(op->signature))};
+  for (size_t i = 0; i < kept->slots.size(); i++) {
+    if (op->signature[i] >= 'A' && op->signature[i] <= 'Z') retain(kept->slots[i].pointer);
+  }
+  *workspace_size = 0;
+  *executor = kept;
+  return kSuccess;
+}
+
+// second phase: let Python compute
+int moe_npu_sim_launch(void* executor) {
+  std::unique_ptr<Executor> call(static_cast<Executor*>(executor));
+  if (run_operator == nullptr) raise(-1, std::string(call->op->name) + ": the simulated device is not active");
+  const int outcome = run_operator(call->op->id, call->slots.data(), static_cast<int>(call->slots.size()));
+  if (outcome != kDone) raise(outcome, failure);
+  return kSuccess;
+}
+
+void moe_npu_sim_unimplemented(const char* what) {
+  raise(kNotImplemented, std::string(what) + " is not implemented on the simulated device");
+}
+
+void* aclCreateTensor(const int64_t* shape, uint64_t dim, int dtype, const int64_t* strides, int64_t offset, int format,
+                      const int64_t* storage_shape, uint64_t storage_dim, void* data) {
+  if (dim > Tensor::kMaxDim || storage_dim > Tensor::kMaxDim) raise(-1, "aclCreateTensor: more than 16 dimensions");
+  auto* tensor = new Tensor;
+  tensor->dim = dim, tensor->offset = offset, tensor->dtype = dtype, tensor->format = format;
+  tensor->storage_dim = storage_dim, tensor->data = data;
+  std::copy_n(shape, dim, tensor->shape);
+  if (strides != nullptr) {
+    std::copy_n(strides, dim, tensor->strides);
+  } else {
+    int64_t stride = 1;
+    for (int64_t i = static_cast<int64_t>(dim) - 1; i >= 0; i--) {
+      tensor->strides[i] = stride;
+      stride *= shape[i];
+    }
+  }
+  std::copy_n(storage_shape, storage_dim, tensor->storage_shape);
+  return tensor;
+}
+void* aclCreateTensorList(void* const* values, uint64_t size) {
+  return create_array<void* const, void*>(kTensorList, values, size);
+}
+void* aclCreateScalarList(void* const* values, uint64_t size) {
+  return create_array<void* const, void*>(kScalarList, values, size);
+}
+void* aclCreateIntArray(const int64_t* values, uint64_t size) {
+  return create_array<int64_t, int64_t>(kIntArray, values, size);
+}
+void* aclCreateFloatArray(const float* values, uint64_t size) {
+  return create_array<float, double>(kFloatArray, values, size);
+}
+void* aclCreateBoolArray(const bool* values, uint64_t size) {
+  return create_array<bool, int64_t>(kBoolArray, values, size);
+}
+void* aclCreateScalar(const void* value, int dtype) {
+  constexpr int kComplex128 = 17, kComplex64 = 16, kDouble = 11, kInt64 = 9, kUint64 = 10, kFloat = 0, kInt32 = 3;
+  constexpr int kUint32 = 8, kInt16 = 6, kUint16 = 7, kHalf = 1, kBfloat16 = 27, kComplex32 = 33;
+  auto* scalar = new Scalar(dtype);
+  size_t size = 1;
+  switch (dtype) {
+    case kComplex128: size = 16; break;
+    case kComplex64: case kDouble: case kInt64: case kUint64: size = 8; break;
+    case kFloat: case kInt32: case kUint32: case kComplex32: size = 4; break;
+    case kInt16: case kUint16: case kHalf: case kBfloat16: size = 2; break;
+    default: break;
+  }
+  std::memcpy(scalar->value, value, size);
+  return scalar;
+}
+int aclDestroyTensor(const void* value) { return drop(value), kSuccess; }
+int aclDestroyTensorList(const void* value) { return drop(value), kSuccess; }
+int aclDestroyScalarList(const void* value) { return drop(value), kSuccess; }
+int aclDestroyIntArray(const void* value) { return drop(value), kSuccess; }
+int aclDestroyFloatArray(const void* value) { return drop(value), kSuccess; }
+int aclDestroyBoolArray(const void* value) { return drop(value), kSuccess; }
+int aclDestroyScalar(const void* value) { return drop(value), kSuccess; }
+int aclGetViewShape(const void* value, int64_t** shape, uint64_t* dim) {
+  const auto* tensor = static_cast<const Tensor*>(value);
+  *dim = tensor->dim;
+  *shape = new int64_t[tensor->dim + 1];  // the caller deletes it
+  std::copy_n(tensor->shape, tensor->dim, *shape);
+  return kSuccess;
+}
+// the shape that a tensor will have in memory in another format; refusing one sends torch_npu to CANN's older operators
+int aclnnNpuFormatCastCalculateSizeAndFormat(const void* source, int format, int additional_dtype, int64_t** shape,
+                                             uint64_t* dim, int* actual_format) {
+  constexpr int kNd = 2, kFractalNz = 29, kRefused = 161002;  // ACLNN_ERR_PARAM_INVALID
+  constexpr int kInt8 = 2, kUint8 = 4, kInt32 = 3, kFloat = 0, kInt4 = 29;
+  const auto* tensor = static_cast<const Tensor*>(source);
+  const int64_t rank = tensor->dim;
+  *actual_format = format;
+  if (format == kNd && tensor->format == kFractalNz) return aclGetViewShape(source, shape, dim);
+  if (format != kFractalNz || tensor->format == kFractalNz || rank < 2) return kRefused;
+  int64_t columns = 16;  // of a tile, which has 32 bytes in each row
+  if (additional_dtype == kInt8 || additional_dtype == kUint8) columns = 32;
+  if (additional_dtype == kInt32 || additional_dtype == kFloat) columns = 8;
+  if (additional_dtype == kInt4) columns = 64;
+  *dim = rank + 2;
+  *shape = new int64_t[rank + 2];  // the caller deletes it
+  std::copy_n(tensor->shape, rank - 2, *shape);
+  const int64_t tiles[] = {(tensor->shape[rank - 1] + columns - 1) / columns, (tensor->shape[rank - 2] + 15) / 16, 16,
+                           columns};
+  std::copy_n(tiles, 4, *shape + rank - 2);
+  return kSuccess;
+}
+int InitHugeMemThreadLocal(void*, bool) { return kSuccess; }
+void UnInitHugeMemThreadLocal(void*, bool) {}
+void ReleaseHugeMem(void*, bool) {}
+
+// ---- device, streams, events ---------------------------------------------------------------------------------------
+
+static thread_local int current_device = 0;
+static std::atomic<uintptr_t> next_handle{64};
+
+static uint32_t device_count() {
+  const char* value = std::getenv("MOE_NPU_SIM_DEVICES");
+  return value == nullptr ? 1 : std::max(1, std::atoi(value));
+}
+static int new_handle(void** handle) {
+  *handle = reinterpret_cast<void*>(next_handle.fetch_add(64));
+  return kSuccess;
+}
+static int synchronize() {
+  notify(kSynchronize, 0, 0);
+  return kSuccess;
+}
+
+int aclrtGetDeviceCount(uint32_t* count) { return *count = device_count(), kSuccess; }
+int aclrtSetDevice(int device) {
+  if (device < 0 || static_cast<uint32_t>(device) >= device_count()) return 107001;  // ACL_ERROR_RT_DEVICE_ID_INVALID
+  return current_device = device, kSuccess;
+}
+int aclrtGetDevice(int* device) { return *device = current_device, kSuccess; }
+const char* aclrtGetSocName() {
+  const char* value = std::getenv("MOE_NPU_SIM_SOC");
+  return value == nullptr ? "Ascend910B1" : value;
+}
+int aclrtMalloc(void** pointer, size_t size, int) { return allocate(pointer, size, device_blocks, true); }
+int aclrtMallocAlign32(void** pointer, size_t size, int) { return allocate(pointer, size, device_blocks, true); }
+int aclrtMallocHost(void** pointer, size_t size) { return allocate(pointer, size, host_blocks, false); }
+int aclrtFree(void* pointer) { return release(pointer, device_blocks, true); }
+int aclrtFreeHost(void* pointer) { return release(pointer, host_blocks, false); }
+int aclrtMemcpy(void* to, size_t capacity, const void* from, size_t size, int kind) {
+  return copy(to, capacity, from, size, kind);
+}
+int aclrtMemcpyAsync(void* to, size_t capacity, const void* from, size_t size, int kind, void*) {
+  return copy(to, capacity, from, size, kind);
+}
+int aclrtMemcpyAsyncWithCondition(void* to, size_t capacity, const void* from, size_t size, int kind, void*) {
+  return copy(to, capacity, from, size, kind);
+}
+int aclrtMemset(void* to, size_t capacity, int value, size_t size) {
+  if (size > capacity) return 107000;
+  return std::memset(to, value, size), kSuccess;
+}
+int aclrtMemsetAsync(void* to, size_t capacity, int value, size_t size, void*) {
+  return aclrtMemset(to, capacity, value, size);
+}
+int aclrtGetMemInfo(int, size_t* available, size_t* total) {
+  std::lock_guard<std::mutex> guard(memory_lock);
+  *total = kDeviceMemory, *available = kDeviceMemory - device_bytes;
+  return kSuccess;
+}
+int aclrtPointerGetAttributes(const void* pointer, void* attributes) {
+  constexpr int kHost = 0, kDevice = 1, kUnregistered = 2;  // aclrtMemLocationType
+  std::lock_guard<std::mutex> guard(memory_lock);
+  std::memset(attributes, 0, 64);
+  auto* location = static_cast<int32_t*>(attributes);
+  auto contains = [pointer](const std::unordered_map<void*, size_t>& blocks) {
+    return std::any_of(blocks.begin(), blocks.end(), [pointer](const auto& block) {
+      const auto *begin = static_cast<const char*>(block.first), *address = static_cast<const char*>(pointer);
+      return address >= begin && address < begin + block.second;
+    });
+  };
+  location[0] = current_device;
+  location[1] = contains(host_blocks) ? kHost : contains(device_blocks) ? kDevice : kUnregistered;
+  return kSuccess;
+}
+int aclrtCreateStream(void** stream) { return new_handle(stream); }
+int aclrtCreateStreamWithConfig(void** stream, uint32_t, uint32_t) { return new_handle(stream); }
+int aclrtCreateEvent(void** event) { return new_handle(event); }
+int aclrtCreateEventWithFlag(void** event, uint32_t) { return new_handle(event); }
+int aclrtCreateEventExWithFlag(void** event, uint32_t) { return new_handle(event); }
+int aclrtQueryEventStatus(void*, int* status) { return *status = 1, kSuccess; }  // complete
+int aclrtQueryEventWaitStatus(void*, int* status) { return *status = 1, kSuccess; }
+int aclrtStreamQuery(void*, int* status) { return *status = 0, kSuccess; }  // complete
+int aclrtEventElapsedTime(float* milliseconds, void*, void*) { return *milliseconds = 0, kSuccess; }
+int aclrtSynchronizeStream(void*) { return synchronize(); }
+int aclrtSynchronizeStreamWithTimeout(void*, int) { return synchronize(); }
+int aclrtSynchronizeDevice() { return synchronize(); }
+int aclrtSynchronizeDeviceWithTimeout(int) { return synchronize(); }
+int aclrtSynchronizeEvent(void*) { return synchronize(); }
+int aclrtGetCurrentContext(void** context) { return *context = reinterpret_cast<void*>(0x40), kSuccess; }
+int aclrtCreateContext(void** context, int) { return aclrtGetCurrentContext(context); }
+int aclrtGetRunMode(int* mode) { return *mode = 1, kSuccess; }  // host
+int aclrtGetVersion(int* major, int* minor, int* patch) { return *major = 1, *minor = 14, *patch = 0, kSuccess; }
+int aclGetDeviceCapability(uint32_t, int, int64_t* value) { return *value = 24, kSuccess; }
+int aclrtGetDeviceInfo(uint32_t, int, int64_t* value) { return *value = 24, kSuccess; }
+int aclrtGetSysParamOpt(int, int64_t* value) { return *value = 0, kSuccess; }
+int aclrtGetPrimaryCtxState(int, uint32_t* flags, int* active) { return *flags = 0, *active = 1, kSuccess; }
+int aclmdlRICaptureGetInfo(void*, int* status, void** model) { return *status = 0, *model = nullptr, kSuccess; }
+int aclmdlRICaptureThreadExchangeMode(int*) { return kSuccess; }  // no graph is captured
+const char* aclGetRecentErrMsg() { return ""; }
+int aclGetCannAttribute(int, int32_t* value) { return *value = 0, kSuccess; }  // no optional feature
+int aclsysGetCANNVersion(int, void* version) {  // the structure begins with the text
+  std::memset(version, 0, 128);
+  return std::strcpy(static_cast<char*>(version), kCannVersion), kSuccess;
+}
+int aclsysGetVersionStr(const char*, char* version) { return std::strcpy(version, kCannVersion), kSuccess; }
+size_t aclGetCompileoptSize(int) { return 64; }
+int aclGetCompileopt(int, char* value, size_t size) {
+  if (size > 0) std::strncpy(value, "disable", size);
+  return kSuccess;
+}
+
+}  // extern "C"

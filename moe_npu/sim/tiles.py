@@ -1,0 +1,95 @@
+"""FRACTAL_NZ: tensors whose last two axes lie in memory as tiles of 16 rows and some columns (spec: grouped matmul 0.9).
+
+``[..., W / c, H / 16, 16, c]`` holds what views and strides describe as contiguous ``[..., H, W]``; what fills up the
+last tiles is zero. No strides describe that, so a kernel computes on a copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_npu import ops
+
+# aclFormat: FRACTAL_NZ, and the names of it that say how many columns a tile has
+FORMATS = frozenset({29, 50, 51, 52, 53, 54})
+_ROWS = 16
+_ORIGIN = "_moe_npu_sim_origin"
+
+
+def _divided(size: int, by: int) -> int:
+    return -(-size // by)
+
+
+def storage_shape(shape: Sequence[int], columns: int) -> list[int]:
+    """The shape in memory of a contiguous tensor, in tiles of so many columns."""
+    return [*shape[:-2], _divided(shape[-1], columns), _divided(shape[-2], _ROWS), _ROWS, columns]
+
+
+def untile(memory: Tensor, rows: int, columns: int) -> Tensor:
+    """Contiguous ``[..., H, W]`` of tiles ``[..., W / c, H / 16, 16, c]``; a copy."""
+    matrix = memory.movedim(-4, -2).flatten(-2).flatten(-3, -2)
+    return matrix[..., :rows, :columns].clone(memory_format=torch.contiguous_format)
+
+
+def tile(memory: Tensor, matrix: Tensor) -> None:
+    """The inverse: write ``[..., H, W]`` into tiles."""
+    *_, column_tiles, row_tiles, rows, columns = memory.shape
+    padding = (0, column_tiles * columns - matrix.size(-1), 0, row_tiles * rows - matrix.size(-2))
+    padded = torch.nn.functional.pad(matrix, padding)
+    memory.copy_(padded.unflatten(-2, (row_tiles, rows)).unflatten(-1, (column_tiles, columns)).movedim(-2, -4))
+
+
+def base_size(shape: Sequence[int], strides: Sequence[int], memory_shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns ``(H, W)`` of the contiguous tensor that a view with these strides was made of.
+
+    Raises:
+        NotImplementedError: the view does not tell.
+    """
+    column_tiles, row_tiles, rows, columns = memory_shape[-4:]
+    candidates = []
+    if len(shape) >= 2:
+        last = (strides[-2], strides[-1])
+        batch = [stride for size, stride in zip(shape[:-2], strides[:-2], strict=True) if size > 1]
+        for height, width, row_stride, stride in (
+            (shape[-2], shape[-1], *last),
+            (shape[-1], shape[-2], *reversed(last)),
+        ):
+            if (stride == 1 or width == 1) and (row_stride == width or height == 1):
+                candidates.append((height, width))
+        if 1 in last:
+            width = max(last)
+            candidates.append((batch[-1] // width if batch else rows * row_tiles, width))
+    for height, width in candidates:
+        if _divided(height, rows) == row_tiles and _divided(width, columns) == column_tiles:
+            return height, width
+    raise NotImplementedError(
+        f"a view of shape {list(shape)} and strides {list(strides)} does not tell the size of its tensor, which is "
+        f"in the format FRACTAL_NZ as {list(memory_shape)}"
+    )
+
+
+def decode(memory: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int, acl_format: int) -> Tensor:
+    """A tensor in tiles as a CPU tensor with these sizes and strides: a copy, which :func:`encode` writes back.
+
+    Raises:
+        NotImplementedError: the strides do not tell what the tensor is, or point past the first of padded matrices.
+    """
+    height, width = base_size(shape, strides, memory.shape)
+    if offset != 0 and height * width != math.prod(memory.shape[-4:]):
+        raise NotImplementedError("views with an offset into a tensor in the format FRACTAL_NZ with padding")
+    matrix = untile(memory, height, width)
+    tensor = matrix.as_strided(shape, strides, offset)
+    ops.npu_format_cast_(tensor, 29)  # kernels refuse it where the device would
+    setattr(tensor, _ORIGIN, (memory, matrix, tensor._version))
+    return tensor
+
+
+def encode(tensor: Tensor) -> None:
+    """Write a tensor of :func:`decode` back, if it was changed; others stay as they are."""
+    memory, matrix, version = getattr(tensor, _ORIGIN, (None, None, 0))
+    if memory is not None and tensor._version != version:
+        tile(memory, matrix)

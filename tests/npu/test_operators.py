@@ -1,0 +1,66 @@
+"""Every operator on the simulated device, through torch_npu's own adapters, against the same call on CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tests.helpers.assertions import assert_bits_equal
+from tests.ops.samples import SAMPLES
+from tests.ops.samples.base import Sample
+from tests.ops.test_battery import bind, call, over
+
+pytestmark = [pytest.mark.npu, pytest.mark.usefixtures("npu")]
+
+
+def to_npu(value: Any) -> Any:
+    """The same arguments on the device, with the strides, gaps and overlaps that they have."""
+
+    def move(tensor: Tensor) -> Tensor:
+        memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.detach().untyped_storage())
+        moved = memory.to("npu").as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+        return moved.requires_grad_(tensor.requires_grad)
+
+    return tree_map_only(Tensor, move, value)
+
+
+def is_on_device(sample: Sample) -> bool:
+    return not any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in tree_leaves(sample.make()))
+
+
+SAMPLES_ON_DEVICE = [sample for sample in SAMPLES if is_on_device(sample)]
+
+
+def assert_same(results: list[Any], expected: list[Any]) -> None:
+    for result, wanted in zip(results, expected, strict=True):
+        if not isinstance(wanted, Tensor):
+            assert result == wanted
+            continue
+        assert result.device.type == "npu"
+        assert result.stride() == wanted.stride()
+        assert_bits_equal(result.detach().cpu(), wanted.detach())
+
+
+@over(SAMPLES_ON_DEVICE)
+def test_computes_the_same_as_on_cpu(sample: Sample) -> None:
+    assert_same(call(sample, to_npu(sample.make())), call(sample, sample.make()))
+
+
+@over([sample for sample in SAMPLES_ON_DEVICE if sample.differentiable])
+def test_has_the_same_gradients_as_on_cpu(sample: Sample) -> None:
+    gradients = []
+    for move in (to_npu, lambda value: value):
+        named, leaves = bind(sample, sample.make())
+        moved_leaves = [move(leaf) for leaf in leaves]
+        replace = {id(leaf): moved for leaf, moved in zip(leaves, moved_leaves, strict=True)}
+        named = tree_map_only(Tensor, lambda t: replace[id(t)] if id(t) in replace else move(t), named)  # noqa: B023
+        results = call(sample, ((), named)) if "self" not in named else []
+        wanted = [result for result in results if isinstance(result, Tensor) and result.requires_grad]
+        generator = torch.Generator().manual_seed(1)
+        grads = [move(torch.randn(result.shape, generator=generator).to(result.dtype)) for result in wanted]
+        gradients.append(list(torch.autograd.grad(wanted, moved_leaves, grads, allow_unused=True)))
+    assert_same(*gradients)
