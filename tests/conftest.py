@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 
-os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # torch_npu is imported by the tests that use it
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # torch_npu is imported below, with a device
 
 import numpy as np
 import pytest
@@ -18,6 +18,16 @@ import torch
 from torch import Tensor
 
 from moe_npu import sim
+from moe_npu.sim import launcher
+
+if importlib.util.find_spec("torch_npu") is not None:
+    # for the whole session: autograd knows the devices that exist when it runs for the first time. And for child
+    # processes: transformers imports torch_npu where it is installed
+    os.environ.update(launcher.environment())
+    os.environ.pop("TORCH_DEVICE_BACKEND_AUTOLOAD")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch_npu says while it is imported
+        sim.activate()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores already
@@ -35,19 +45,11 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Importing torch_npu changes torch: in every process, the tests that do so run last."""
-    items.sort(key=lambda item: item.get_closest_marker("npu") is not None)
-
-
 @pytest.fixture(scope="session")
 def npu() -> torch.device:
     """The device of `npu` tests: the simulated one."""
-    if importlib.util.find_spec("torch_npu") is None:
+    if not sim.is_active():
         pytest.skip("torch_npu is not installed; pip install --no-deps torch-npu==2.13.0 brings it")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch_npu says while it is imported
-        sim.activate()
     return torch.device("npu", 0)
 
 

@@ -45,7 +45,12 @@ def _softmax(x: torch.Tensor) -> torch.Tensor:
 def _top_k(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     # torch.topk does not order ties: only a stable sort gives the lowest expert first
     values, ids = torch.sort(scores, dim=-1, descending=True, stable=True)
-    return values[..., :k], ids[..., :k].to(torch.int32).contiguous()
+    return values[..., :k], ids[..., :k].to(torch.int32, memory_format=torch.contiguous_format)
+
+
+def _packed(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # not contiguous(), which keeps the strides of the slice where there are no rows or just one
+    return y.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _mark_finished(expert_idx: torch.Tensor, finished: torch.Tensor | None, num_experts: int) -> None:
@@ -61,7 +66,7 @@ def _row_idx(x: torch.Tensor, k: int) -> torch.Tensor:
     leading = x.shape[:-1]
     rows = leading.numel()
     index = torch.arange(rows * k, dtype=torch.int32, device=x.device).view(k, rows)
-    return index.t().contiguous().view(*leading, k)
+    return index.t().clone(memory_format=torch.contiguous_format).view(*leading, k)
 
 
 def _cpu(x: torch.Tensor, finished: torch.Tensor | None, k: int) -> _Gated:
@@ -71,7 +76,7 @@ def _cpu(x: torch.Tensor, finished: torch.Tensor | None, k: int) -> _Gated:
         probabilities = probabilities.to(x.dtype)
     y, expert_idx = _top_k(probabilities, k)
     _mark_finished(expert_idx, finished, x.size(-1))
-    return y.to(x.dtype).contiguous(), expert_idx, _row_idx(x, k)
+    return _packed(y, x.dtype), expert_idx, _row_idx(x, k)
 
 
 def _npu(x: torch.Tensor, finished: torch.Tensor | None, k: int) -> _Gated:
@@ -115,7 +120,7 @@ def _v2_cpu(x: torch.Tensor, k: int, finished: torch.Tensor | None, renorm: int,
         y, expert_idx = _top_k(probabilities, k)
         softmax_result = probabilities.contiguous() if output_softmax else _no_softmax(x)
     _mark_finished(expert_idx, finished, x.size(-1))
-    return y.to(x.dtype).contiguous(), expert_idx, softmax_result
+    return _packed(y, x.dtype), expert_idx, softmax_result
 
 
 def _no_softmax(x: torch.Tensor) -> torch.Tensor:
@@ -128,7 +133,12 @@ def _v2_npu(x: torch.Tensor, k: int, finished: torch.Tensor | None, renorm: int,
             x, k=k, finished=finished, renorm=renorm, output_softmax=output_softmax
         )
 
-    if x.dim() == 2 or renorm == 1 or not output_softmax:
+    if renorm == 1 or not output_softmax:
+        return call(x, finished)
+    if k == 0:  # torch_npu launches nothing then, and leaves the softmax unwritten
+        y, expert_idx, _ = call(x, finished)
+        return y, expert_idx, _softmax(x).contiguous()
+    if x.dim() == 2:
         return call(x, finished)
     # the shape function loses the last dimension of a three-dimensional softmax
     y, expert_idx, softmax_result = call(x.flatten(0, 1), None if finished is None else finished.flatten())

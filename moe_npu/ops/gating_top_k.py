@@ -170,7 +170,7 @@ def _cpu(
         weights = weights / (weights.sum(1, keepdim=True) + eps)
     y = (weights * routed_scaling_factor).to(x.dtype)
     norm_out = scores if out_flag else torch.zeros_like(scores)
-    return y, expert_idx.to(torch.int32).contiguous(), norm_out
+    return y, expert_idx.to(torch.int32, memory_format=torch.contiguous_format), norm_out
 
 
 def _npu(

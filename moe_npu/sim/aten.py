@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from moe_npu.sim import tiles, trace
 from moe_npu.sim.descriptors import memory
 
 _SIGNED_64_BITS = 1 << 63
@@ -21,10 +22,20 @@ _CPU = torch.device("cpu")
 _NO_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 # allocation, storage and copies: torch_npu's own kernels work on the simulated device
 _NATIVE = frozenset(
-    """empty.memory_format empty_strided empty_like new_empty_strided copy_ _copy_from _copy_from_and_resize _to_copy
-    clone contiguous resize_ resize_as_ _resize_output_ set_ set_.source_Storage set_.source_Storage_storage_offset
-    set_.source_Tensor _local_scalar_dense record_stream _pin_memory is_pinned _has_same_storage_numel is_set_to
-    storage_offset _unsafe_view _reshape_alias_copy""".split()
+    {
+        *("empty.memory_format", "empty_strided", "empty_like", "new_empty_strided", "_unsafe_view"),
+        *("copy_", "_copy_from", "_copy_from_and_resize", "_to_copy", "clone", "contiguous", "_reshape_alias_copy"),
+        *("resize_", "resize_as_", "_resize_output_", "set_", "set_.source_Storage", "set_.source_Tensor"),
+        *("set_.source_Storage_storage_offset", "_local_scalar_dense", "record_stream", "_pin_memory", "is_pinned"),
+        *("_has_same_storage_numel", "is_set_to", "storage_offset"),
+    }
+)
+# operators that take indices, lengths or a value on the host too
+_TAKES_HOST_TENSORS = frozenset(
+    {
+        *("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put", "fill_"),
+        *("_ctc_loss", "_ctc_loss_backward", "_pack_padded_sequence", "_pack_padded_sequence_backward"),
+    }
 )
 _library: torch.library.Library | None = None
 
@@ -32,12 +43,8 @@ _library: torch.library.Library | None = None
 def host_view(tensor: Tensor) -> Tensor:
     """A tensor of the device as a CPU tensor on the same memory, which it keeps alive."""
     storage = tensor.untyped_storage()
-    dtype, shape = tensor.dtype, tensor.size()
-    num_bytes = storage.nbytes()
-    if num_bytes < dtype.itemsize:
-        return torch.empty(shape, dtype=dtype, device=_CPU)
-    elements = memory(storage.data_ptr(), num_bytes, dtype, owner=storage)
-    view = elements.as_strided(shape, tensor.stride(), tensor.storage_offset())
+    elements = memory(storage.data_ptr(), storage.nbytes(), tensor.dtype, owner=storage)
+    view = elements.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
     if tensor.is_conj():
         torch._C._set_conj(view, True)
     if tensor.is_neg():
@@ -97,73 +104,93 @@ def _on_cpu(operator: torch._ops.OpOverload, compute: Callable[..., Any]) -> Cal
     """The kernel of one operator."""
     schema = operator._schema
     is_random = torch.Tag.nondeterministic_seeded in operator.tags
-    has_generator = any(a.name == "generator" for a in schema.arguments)
-    outputs = {a.name for a in schema.arguments if a.kwarg_only and a.alias_info is not None and a.alias_info.is_write}
-    # which argument a result is
+    takes_host_tensors = schema.name.removeprefix("aten::") in _TAKES_HOST_TENSORS
     written = {
         alias: (index, a.name)
         for index, a in enumerate(schema.arguments)
         if a.alias_info is not None and a.alias_info.is_write
         for alias in a.alias_info.before_set
     }
+    outputs = {a.name for a in schema.arguments if a.kwarg_only and a.alias_info is not None and a.alias_info.is_write}
+    # which argument a result is
     returned = [
         written[next(iter(result.alias_info.before_set))] if result.alias_info is not None else None
         for result in schema.returns
     ]
-    is_inplace = bool(returned) and None not in returned
+    get_format = torch.ops.npu.get_npu_format.default._op
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        device: torch.device | None = None
+        device: torch.device | None = None  # of the tensors
+        target: torch.device | None = None  # an argument
+        has_host_tensor = False
+        tiled: list[Tensor] = []
 
         def to_host(value: Any) -> Any:
-            nonlocal device
+            nonlocal device, target, has_host_tensor
             if isinstance(value, Tensor):
-                if value.device == _CPU:
+                if value.is_cpu:
+                    has_host_tensor = has_host_tensor or value.dim() > 0
                     return value
-                device = value.device
+                if device is None:
+                    device = value.device
+                elif device != value.device:
+                    raise _on_two_devices(operator, device, value.device)
+                if get_format(value) in tiles.FORMATS:
+                    tiled.append(tiles.host_copy(value))
+                    return tiled[-1]
                 return host_view(value)
             kind = type(value)
             if kind is list or kind is tuple:
                 return [to_host(part) for part in value]
             if kind is torch.device:
-                device = device or value
+                target = value
                 return _CPU
             return value
 
-        host_args: Sequence[Any] = [to_host(value) for value in args]
-        host_kwargs = {
-            name: _like(value) if name in outputs and isinstance(value, Tensor) else to_host(value)
-            for name, value in kwargs.items()
-        }
-        # no mode of the caller may reach the calls below: they are the device's, not the program's
+        # no mode of the caller may reach the calls below, which are the device's
         with torch._C.DisableTorchFunction(), torch._C._ExcludeDispatchKeyGuard(_NO_AUTOCAST):
+            host_args: Sequence[Any] = [to_host(value) for value in args]
+            host_kwargs = {name: to_host(value) for name, value in kwargs.items()}
+            if has_host_tensor and device is not None and not takes_host_tensors:
+                raise _on_two_devices(operator, device, _CPU)
+            for name in outputs & kwargs.keys():
+                if isinstance(kwargs[name], Tensor):
+                    host_kwargs[name] = _like(kwargs[name])
             if is_random:
-                with _random_numbers(schema, host_args, host_kwargs, device, has_generator) as (host_args, host_kwargs):
+                with _random_numbers(schema, host_args, host_kwargs, device or target) as (host_args, host_kwargs):
                     results = _compute(compute, host_args, host_kwargs)
             else:
                 results = _compute(compute, host_args, host_kwargs)
+            if tiled and written:  # before outputs are stored: there may be old copies of them among these
+                for copy in tiled:
+                    tiles.encode(copy)
             for name in outputs & kwargs.keys():
                 if isinstance(kwargs[name], Tensor):
                     _store(kwargs[name], host_kwargs[name])
-            if not returned:
-                return None
             if len(returned) == 1:
                 results = (results,)
-            target = _device(device) if not is_inplace else _CPU
             final = [
-                _results_to_device(result, target)
+                _results_to_device(result, device or target)
                 if source is None
                 else (args[source[0]] if source[0] < len(args) else kwargs[source[1]])
-                for source, result in zip(returned, results, strict=True)
+                for source, result in zip(returned, results or (), strict=True)
             ]
-        return final[0] if len(final) == 1 else tuple(final)
+        if trace.is_recording():
+            trace.record_aten(operator, (args, kwargs), final)
+        return tuple(final) if len(final) > 1 else final[0] if final else None
 
     return kernel
 
 
-def _results_to_device(result: Any, device: torch.device) -> Any:
+def _on_two_devices(operator: torch._ops.OpOverload, one: torch.device, other: torch.device) -> RuntimeError:
+    return RuntimeError(
+        f"{operator}: Expected all tensors to be on the same device, but found at least two devices, {one} and {other}!"
+    )
+
+
+def _results_to_device(result: Any, device: torch.device | None) -> Any:
     if isinstance(result, Tensor):
-        return to_device(result, device)
+        return to_device(result, _device(device))
     if isinstance(result, (list, tuple)):
         return [_results_to_device(part, device) for part in result]
     return result
@@ -182,10 +209,13 @@ def _device(device: torch.device | None) -> torch.device:
 
 def _store(target: Tensor, result: Tensor) -> None:
     if target.shape != result.shape:
-        target.resize_(result.shape)
-        if target.stride() != result.stride() and result.is_non_overlapping_and_dense():
-            target.as_strided_(result.size(), result.stride())
-    host_view(target).copy_(result)
+        target.resize_(result.shape).as_strided_(result.size(), result.stride())  # which the operator chose
+    if torch.ops.npu.get_npu_format.default(target) in tiles.FORMATS:
+        tiled = tiles.host_copy(target)
+        tiled.copy_(result)
+        tiles.encode(tiled)
+    else:
+        host_view(target).copy_(result)
 
 
 def _compute(operator: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -217,42 +247,53 @@ def _compute(operator: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def _random_numbers(
-    schema: Any, args: Sequence[Any], kwargs: dict[str, Any], device: torch.device | None, has_generator: bool
+    schema: Any, args: Sequence[Any], kwargs: dict[str, Any], device: torch.device | None
 ) -> Iterator[tuple[Sequence[Any], dict[str, Any]]]:
     """Draw from the device's generator: its seed and offset decide, and the offset moves on, as on the device.
 
     Yields the arguments with a generator of the CPU; an operator that takes none draws from the CPU's default one,
     whose state is restored.
     """
-    names = [a.name for a in schema.arguments[: len(args)]]
-    given = args[names.index("generator")] if "generator" in names else kwargs.get("generator")
-    generator = given or torch.npu.default_generators[_device(device).index]  # type: ignore[attr-defined]
+    names = [a.name for a in schema.arguments]
+    position = names.index("generator") if "generator" in names else -1
+    is_positional = 0 <= position < len(args)
+    generator = args[position] if is_positional else kwargs.get("generator")
+    if generator is None:
+        generator = torch.npu.default_generators[_device(device).index]  # type: ignore[attr-defined]
+    elif generator.device.type == "cpu":
+        raise RuntimeError(f"{schema.name}: Expected a 'npu' device type for generator but found 'cpu'")
     state = generator.get_state()
     words = state.view(torch.int64)
     seed, offset = words.tolist()[:2]
     seed = (seed + offset * 0x9E3779B97F4A7C15) % _SIGNED_64_BITS
-    if has_generator:
-        own = torch.Generator().manual_seed(seed)
-        if "generator" in names:
-            args = [own if name == "generator" else value for name, value in zip(names, args, strict=True)]
-        else:
-            kwargs = {**kwargs, "generator": own}
-        yield args, kwargs
-    else:
+    words[1] += 4
+    generator.set_state(state)
+    if position < 0:
         cpu_state = torch.get_rng_state()
         torch.default_generator.manual_seed(seed)
         try:
             yield args, kwargs
         finally:
             torch.set_rng_state(cpu_state)
-    words[1] += 4
-    generator.set_state(state)
+        return
+    own = torch.Generator().manual_seed(seed)
+    if is_positional:
+        yield [*args[:position], own, *args[position + 1 :]], kwargs
+    else:
+        yield args, {**kwargs, "generator": own}
 
 
 # ---- operators that torch implements on other devices only -----------------------------------------------------------
 
 
 def _matmul_backward(grad: Tensor, self: Tensor, other: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
+    if other.dim() == 2 and self.dim() >= 2:  # one matmul of all rows, as torch.matmul and its gradient on CPU
+        left, grad = self.flatten(0, -2), grad.flatten(0, -2)
+        is_transposed = other.stride(0) == 1 and other.stride(1) == other.size(0)
+        return (
+            (grad @ other.mH).view_as(self) if mask[0] else None,
+            ((grad.mT @ left.conj()).mT if is_transposed else left.mH @ grad) if mask[1] else None,
+        )
     left = self.unsqueeze(0) if self.dim() == 1 else self
     right = other.unsqueeze(1) if other.dim() == 1 else other
     if self.dim() == 1:
@@ -276,7 +317,16 @@ def _wide(operator: Callable[..., Tensor], num_tensors: int) -> Callable[..., Te
     return compute
 
 
-_WITHOUT_CPU_KERNEL: dict[str, Callable[..., Any]] = {"matmul_backward": _matmul_backward}
+def _histc(self: Tensor, *args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
+    result = torch.histc(self if self.is_floating_point() else self.double(), *args, **kwargs).to(self.dtype)
+    return result if out is None else out.resize_(result.shape).copy_(result)
+
+
+_WITHOUT_CPU_KERNEL: dict[str, Callable[..., Any]] = {
+    "matmul_backward": _matmul_backward,
+    "histc": _histc,  # of integers
+    "histc.out": _histc,
+}
 for _name, _operator, _num_tensors in (
     ("mm", torch.mm, 2),
     ("bmm", torch.bmm, 2),

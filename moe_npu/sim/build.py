@@ -129,9 +129,15 @@ def _operators_source(library: Path) -> str:
         for name in re.findall(rb"\x00(aclnn[A-Z]\w+)(?=\x00)", library.read_bytes())
         if not name.endswith(b"GetWorkspaceSize")
     } - set(re.findall(r"\b(aclnn\w+)\(", (_NATIVE / "runtime.cpp").read_text()))
-    lines = ['#include "operators.h"', 'extern "C" {']
+    lines = ["#include <cstring>", "#include <initializer_list>", '#include "operators.h"', 'extern "C" {']
     for index, kernel in enumerate(KERNELS.values()):
-        lines.append(_kernel_source(index, kernel))
+        lines.append(f'static const Operator op{index} = {{{index}, "{kernel.name}", "{kernel.signature}"}};')
+        if kernel.name.startswith("aclnn"):  # the others are graph operators, which are asked for by name
+            lines.append(_kernel_source(index, kernel))
+    lines.append("const Operator* moe_npu_sim_find(const char* name) {")
+    lines.append(f"  for (auto* op : {{{', '.join(f'&op{index}' for index in range(len(KERNELS)))}}})")
+    lines.append("    if (std::strcmp(op->name, name) == 0) return op;")
+    lines.append("  return nullptr;\n}")
     for name in sorted(names - set(KERNELS)):
         lines.append(f'int {name}GetWorkspaceSize() {{ moe_npu_sim_unimplemented("{name}"); return 0; }}')
         lines.append(f'int {name}() {{ moe_npu_sim_unimplemented("{name}"); return 0; }}')
@@ -146,8 +152,7 @@ def _kernel_source(index: int, kernel: Kernel) -> str:
         parameters += f"{c_type} a{number}, "
         field = fields.get(c_type, "pointer")
         slots.append(f"{{.{field} = {'(void*)' if field == 'pointer' else ''}a{number}}}")
-    return f"""static const Operator op{index} = {{{index}, "{kernel.name}", "{kernel.signature}"}};
-int {kernel.name}GetWorkspaceSize({parameters}uint64_t* size, void** executor) {{
+    return f"""int {kernel.name}GetWorkspaceSize({parameters}uint64_t* size, void** executor) {{
   const Slot slots[] = {{{", ".join(slots)}}};
   return moe_npu_sim_prepare(&op{index}, slots, size, executor);
 }}

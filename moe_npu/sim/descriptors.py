@@ -76,7 +76,7 @@ class _Scalar(ctypes.Structure):
     )
 
 
-# a type for memory of any size: a type of its own for every size would be slow, and would stay until the next collection
+# a type for memory of any size: making one for every size would be slow, and would fill memory until a collection
 _Memory = ctypes.c_uint8 * (1 << 62)
 
 
@@ -87,7 +87,7 @@ def memory(address: int, num_bytes: int, dtype: torch.dtype = torch.uint8, *, ow
     """
     count = num_bytes // dtype.itemsize
     if count == 0:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     block = _Memory.from_address(address)
     block.owner = owner  # type: ignore[attr-defined]
     return torch.frombuffer(block, dtype=dtype, count=count)
@@ -109,8 +109,10 @@ def _tensor(address: int | None) -> Tensor | None:
     if not descriptor.data or 0 in shape:
         return torch.empty(shape, dtype=dtype)
     if descriptor.format in tiles.FORMATS:
+        if offset != 0 and tiles.is_padded(shape, strides, storage_shape):  # what a device reads there is not defined
+            raise NotImplementedError("operators on views with an offset into a tensor in FRACTAL_NZ with padding")
         elements = memory(descriptor.data, math.prod(storage_shape) * dtype.itemsize, dtype)
-        return tiles.decode(elements.view(storage_shape), shape, strides, offset, descriptor.format)
+        return tiles.decode(elements.view(storage_shape), shape, strides, offset)
     if descriptor.format not in _BASE_FORMATS:
         raise NotImplementedError(f"tensors of aclFormat {descriptor.format} are not implemented")
     extent = 1 + offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

@@ -25,11 +25,12 @@ _RUN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(Slot), ctypes
 _kernels = list(KERNELS.values())
 _runtime: ctypes.CDLL | None = None
 _libraries: list[ctypes.CDLL] = []
+_is_connected = False
 
 
 def is_active() -> bool:
     """Whether this process has the simulated device."""
-    return _runtime is not None
+    return _is_connected
 
 
 def runtime() -> ctypes.CDLL:
@@ -79,6 +80,8 @@ def load() -> None:
         SimulatorError: they cannot be built, or CANN is installed.
     """
     global _runtime
+    if _runtime is not None:
+        return
     refuse_cann()
     folder = build()
     os.environ["TASK_QUEUE_ENABLE"] = "0"  # operators run when they are called, in the thread that calls them
@@ -100,6 +103,10 @@ def quiet_import() -> Iterator[None]:
 
 def connect() -> None:
     """Complete the device after torch_npu has been imported."""
+    global _is_connected
+    if _is_connected:
+        return
+    _is_connected = True
     aten.install()
     graph.install()
     if compat.is_requested():
@@ -149,7 +156,7 @@ def launch(kernel: Kernel, slots: Any) -> None:
             raise AssertionError(f"the kernel gives {len(results)} results for {len(outputs)} outputs")
         for (name, output), result in zip(outputs, results, strict=True):
             _store(name, output, result)
-    for tensor in _tensors([value for _, value in arguments]):
+    for tensor in _tensors([value for argument, value in arguments if argument.is_output or argument.is_changed]):
         tiles.encode(tensor)
 
 

@@ -119,11 +119,10 @@ def _run_operators(module: Any) -> Iterator[None]:
             graph = copy.deepcopy(graph)
         graph = module._optimize_fx(graph, self.config, observer)
         module._valid_graph(graph)
+        graph.recompile()  # passes may have changed nodes only
         return graph
 
     module._NpuFxCompiler._gen_compiled_gm = optimized_graph
-    # source code is generated for graphs of the engine only
-    module._CompiledFxGraph.get_code = lambda self, extend_config=None: self.runner
 
 
 def install() -> None:

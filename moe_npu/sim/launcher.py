@@ -50,6 +50,8 @@ def environment(*, devices: int = 1, compat: bool = False, force: bool = False) 
         variables.pop(name, None)
         if is_set:
             variables[name] = "1"
+    # torch may import torch_npu by itself again: it succeeds there
+    variables.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
     variables["PYTHONPATH"] = os.pathsep.join([str(_SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
     return variables
 

@@ -6,6 +6,8 @@ last tiles is zero. No strides describe that, so a kernel computes on a copy.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 from collections.abc import Sequence
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_npu import ops
+from moe_npu.sim.installation import torch_npu_folder
 
 # aclFormat: FRACTAL_NZ, and the names of it that say how many columns a tile has
 FORMATS = frozenset({29, 50, 51, 52, 53, 54})
@@ -41,6 +44,11 @@ def tile(memory: Tensor, matrix: Tensor) -> None:
     padding = (0, column_tiles * columns - matrix.size(-1), 0, row_tiles * rows - matrix.size(-2))
     padded = torch.nn.functional.pad(matrix, padding)
     memory.copy_(padded.unflatten(-2, (row_tiles, rows)).unflatten(-1, (column_tiles, columns)).movedim(-2, -4))
+
+
+def is_padded(shape: Sequence[int], strides: Sequence[int], memory_shape: Sequence[int]) -> bool:
+    """Whether the tiles hold more than the tensor."""
+    return math.prod(base_size(shape, strides, memory_shape)) != math.prod(memory_shape[-4:])
 
 
 def base_size(shape: Sequence[int], strides: Sequence[int], memory_shape: Sequence[int]) -> tuple[int, int]:
@@ -72,24 +80,46 @@ def base_size(shape: Sequence[int], strides: Sequence[int], memory_shape: Sequen
     )
 
 
-def decode(memory: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int, acl_format: int) -> Tensor:
+def host_copy(tensor: Tensor) -> Tensor:
+    """A tensor of the device in tiles as a CPU tensor, as :func:`decode` makes it of a descriptor."""
+    sizes = (ctypes.c_int64 * 16)()
+    count = _runtime().moe_npu_sim_storage_sizes(_storage_sizes(), ctypes.c_void_p(tensor._cdata), sizes)
+    storage = tensor.untyped_storage()
+    num_bytes = math.prod(sizes[:count]) * tensor.dtype.itemsize
+    block = (ctypes.c_uint8 * num_bytes).from_address(storage.data_ptr())
+    block.owner = storage  # type: ignore[attr-defined]
+    memory = torch.frombuffer(block, dtype=tensor.dtype).view(sizes[:count])
+    return decode(memory, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+@functools.cache
+def _storage_sizes() -> ctypes.c_void_p:
+    """``at_npu::native::get_npu_storage_sizes(const at::Tensor&)`` of torch_npu."""
+    library = ctypes.CDLL(str(torch_npu_folder() / "lib" / "libtorch_npu.so"))
+    return ctypes.cast(library._ZN6at_npu6native21get_npu_storage_sizesERKN2at6TensorE, ctypes.c_void_p)
+
+
+def _runtime() -> ctypes.CDLL:
+    from moe_npu.sim import device  # it imports this file
+
+    return device.runtime()
+
+
+def decode(memory: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
     """A tensor in tiles as a CPU tensor with these sizes and strides: a copy, which :func:`encode` writes back.
 
     Raises:
-        NotImplementedError: the strides do not tell what the tensor is, or point past the first of padded matrices.
+        NotImplementedError: the strides do not tell what the tensor is.
     """
     height, width = base_size(shape, strides, memory.shape)
-    if offset != 0 and height * width != math.prod(memory.shape[-4:]):
-        raise NotImplementedError("views with an offset into a tensor in the format FRACTAL_NZ with padding")
     matrix = untile(memory, height, width)
     tensor = matrix.as_strided(shape, strides, offset)
     ops.npu_format_cast_(tensor, 29)  # kernels refuse it where the device would
-    setattr(tensor, _ORIGIN, (memory, matrix, tensor._version))
+    setattr(tensor, _ORIGIN, (memory, matrix))
     return tensor
 
 
 def encode(tensor: Tensor) -> None:
-    """Write a tensor of :func:`decode` back, if it was changed; others stay as they are."""
-    memory, matrix, version = getattr(tensor, _ORIGIN, (None, None, 0))
-    if memory is not None and tensor._version != version:
-        tile(memory, matrix)
+    """Write a tensor of :func:`decode` back after it was changed; nothing to do for any other."""
+    if hasattr(tensor, _ORIGIN):
+        tile(*getattr(tensor, _ORIGIN))

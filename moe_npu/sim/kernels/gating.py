@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from moe_npu import ops
@@ -10,10 +12,13 @@ from moe_npu.sim.kernels.table import kernel
 _SIGMOID = 1
 
 
-def _gating_top_k_backward(norm_type: int, **arguments: Tensor | int | float) -> Tensor:
+def _gating_top_k_backward(x_norm: Tensor, norm_type: int, **arguments: Any) -> Tensor:
     if norm_type != _SIGMOID:
         raise NotImplementedError(f"the device has this gradient for norm_type 1 (sigmoid) only, not {norm_type}")
-    return ops.npu_moe_gating_top_k_backward(norm_type=norm_type, **arguments)  # type: ignore[arg-type]
+    if x_norm.numel() and not x_norm.any():
+        # a device leaves the scores unwritten there, and computes from what its memory holds
+        raise ValueError("x_norm must be the scores of the forward call, which needs out_flag=True, but is all zero")
+    return ops.npu_moe_gating_top_k_backward(x_norm, norm_type=norm_type, **arguments)
 
 
 kernel(

@@ -70,10 +70,10 @@ kernel("aclnnGroupedMatmulAddV2", f"{_ADD} group_list_type:i", _add)
 _FLOATS = {0: torch.float32, 1: torch.float16, 27: torch.bfloat16}
 
 
-def _swiglu_quant(x: Tensor, weight: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, None]:
-    y, y_scale, _ = ops.npu_grouped_matmul_swiglu_quant(x, weight, **arguments)
+def _swiglu_quant(x: Tensor, weight: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    results = ops.npu_grouped_matmul_swiglu_quant(x, weight, **arguments)
     _spend_digits([x], [weight])
-    return y, y_scale, None
+    return results
 
 
 def _swiglu_quant_v2(x: Tensor, weight: list[Tensor], dequant_dtype: int, **arguments: Any) -> tuple[Tensor, Tensor]:
@@ -166,8 +166,17 @@ kernel("aclnnQuantMatmulWeightNz", _QUANT_MATMUL, _quant_matmul)
 
 # ---------------------------------------------------------------- npu_weight_quant_batchmatmul
 
+
+def _weight_quant(quant_scale: Tensor | None, quant_offset: Tensor | None, **arguments: Any) -> Tensor:
+    # torch_npu makes words of float scales and passes the offset, which they hold, once more
+    has_words = quant_scale is not None and quant_scale.dtype == torch.int64
+    return ops.npu_weight_quant_batchmatmul(
+        quant_scale=quant_scale, quant_offset=None if has_words else quant_offset, **arguments
+    )
+
+
 _WEIGHT_QUANT = (
     "x:T weight:T antiquant_scale:T antiquant_offset:T quant_scale:T quant_offset:T bias:T antiquant_group_size:e"
 )
-kernel("aclnnWeightQuantBatchMatmulV2", f"{_WEIGHT_QUANT} >y:T", ops.npu_weight_quant_batchmatmul)
-kernel("aclnnWeightQuantBatchMatmulV3", f"{_WEIGHT_QUANT} inner_precise:i >y:T", ops.npu_weight_quant_batchmatmul)
+kernel("aclnnWeightQuantBatchMatmulV2", f"{_WEIGHT_QUANT} >y:T", _weight_quant)
+kernel("aclnnWeightQuantBatchMatmulV3", f"{_WEIGHT_QUANT} inner_precise:i >y:T", _weight_quant)

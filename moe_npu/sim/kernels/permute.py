@@ -7,25 +7,19 @@ from torch import Tensor
 from moe_npu import ops
 from moe_npu.sim.kernels.table import kernel
 
-# an operator that has to know the size or dtype of an output gets this tensor as an argument and writes it in place
 
-
-def _permute(
-    tokens: Tensor, indices: Tensor, num_out_tokens: int, padded_mode: bool, permuted_tokens: Tensor
-) -> Tensor:
-    # 0 stands for no rows here, and for all of them in the operator
+def _permute(tokens: Tensor, indices: Tensor, num_out_tokens: int, padded_mode: bool) -> tuple[Tensor, Tensor]:
     permuted, sorted_indices = ops.npu_moe_token_permute(tokens, indices, num_out_tokens, padded_mode)
-    permuted_tokens.copy_(permuted[:num_out_tokens])
-    return sorted_indices
+    # 0 is no rows here, and all of them for the operator
+    return permuted[:num_out_tokens], sorted_indices
 
 
 def _permute_grad(
     grad_permuted_tokens: Tensor, sorted_indices: Tensor, num_topk: int, padded_mode: bool, grad_tokens: Tensor
-) -> None:
-    grad = ops.npu_moe_token_permute_grad_v2(
+) -> Tensor:
+    return ops.npu_moe_token_permute_grad_v2(
         grad_permuted_tokens, sorted_indices, grad_tokens.size(0), grad_tokens.dtype, num_topk, padded_mode
     )
-    grad_tokens.copy_(grad)
 
 
 def _unpermute_grad(
@@ -36,8 +30,8 @@ def _unpermute_grad(
     padded_mode: bool,
     restore_shape: list[int],
     grad_permuted_tokens: Tensor,
-) -> Tensor | None:
-    grad, grad_probs = ops.npu_moe_token_unpermute_grad_v2(
+) -> tuple[Tensor, Tensor | None]:
+    return ops.npu_moe_token_unpermute_grad_v2(
         grad_unpermuted_tokens,
         sorted_indices,
         grad_permuted_tokens.size(0),
@@ -47,18 +41,16 @@ def _unpermute_grad(
         restore_shape,
         permuted_tokens,
     )
-    grad_permuted_tokens.copy_(grad)
-    return grad_probs
 
 
 kernel(
     "aclnnMoeTokenPermute",
-    "tokens:T indices:T num_out_tokens:i padded_mode:b permuted_tokens:T >sorted_indices:T",
+    "tokens:T indices:T num_out_tokens:i padded_mode:b >permuted_tokens:T >sorted_indices:T",
     _permute,
 )
 kernel(
     "aclnnMoeTokenPermuteGrad",
-    "grad_permuted_tokens:T sorted_indices:T num_topk:i padded_mode:b grad_tokens:T",
+    "grad_permuted_tokens:T sorted_indices:T num_topk:i padded_mode:b >>grad_tokens:T",
     _permute_grad,
 )
 kernel(
@@ -69,7 +61,7 @@ kernel(
 kernel(
     "aclnnMoeTokenUnpermuteGrad",
     "permuted_tokens:T grad_unpermuted_tokens:T sorted_indices:T probs:T padded_mode:b restore_shape:A "
-    "grad_permuted_tokens:T >grad_probs:T",
+    ">>grad_permuted_tokens:T >grad_probs:T",
     _unpermute_grad,
 )
 kernel(

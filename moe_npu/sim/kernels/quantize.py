@@ -38,7 +38,7 @@ def _dynamic_quant(
     is_symmetrical: bool | None = None,
     quant_mode: str = "pertoken",
     dst_type_max: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     if is_symmetrical is None:
         is_symmetrical = offset is None
     compute = ops.npu_dynamic_quant if is_symmetrical else ops.npu_dynamic_quant_asymmetric
@@ -50,10 +50,7 @@ def _dynamic_quant(
         quant_mode=quant_mode,
         dst_type_max=dst_type_max,
     )
-    for computed in offsets:
-        assert offset is not None
-        offset.copy_(computed)
-    return y, scale
+    return y, scale, offsets[0] if offsets else None
 
 
 def _anti_quant(x: Tensor, scale: Tensor, offset: Tensor | None, dst_type: int) -> Tensor:
@@ -68,12 +65,13 @@ kernel(
 )
 kernel(
     "aclnnDynamicQuantV2",
-    "x:T smooth_scales:T group_index:T dst_type:e >y:T >scale:T offset:T",
+    "x:T smooth_scales:T group_index:T dst_type:e >y:T >scale:T >>offset:T",
     _dynamic_quant,
 )
 kernel(
     "aclnnDynamicQuantV4",
-    "x:T smooth_scales:T group_index:T dst_type:e is_symmetrical:b quant_mode:s dst_type_max:f >y:T >scale:T offset:T",
+    "x:T smooth_scales:T group_index:T dst_type:e is_symmetrical:b quant_mode:s dst_type_max:f "
+    ">y:T >scale:T >>offset:T",
     _dynamic_quant,
 )
 kernel("aclnnAscendAntiQuant", "x:T scale:T offset:T dst_type:e _sqrt_mode:b >y:T", _anti_quant)

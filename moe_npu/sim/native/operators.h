@@ -20,5 +20,6 @@ struct Operator {
 extern "C" {
 int moe_npu_sim_prepare(const Operator* op, const Slot* slots, uint64_t* workspace_size, void** executor);
 int moe_npu_sim_launch(void* executor);
+const Operator* moe_npu_sim_find(const char* name);  // null if the table of kernels lacks it
 void moe_npu_sim_unimplemented(const char* what);
 }

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -85,10 +86,21 @@ int copy(void* destination, size_t capacity, const void* source, size_t size, in
 
 enum Kind : int64_t { kTensor = 1, kTensorList, kIntArray, kFloatArray, kBoolArray, kScalar, kScalarList };
 
+struct Descriptor;
+std::mutex descriptors_lock;
+std::unordered_map<Descriptor*, std::thread::id> descriptors;  // those that live, and who made them
+
 struct Descriptor {
   int64_t kind;
   std::atomic<int64_t> references{1};
-  explicit Descriptor(Kind kind) : kind(kind) {}
+  explicit Descriptor(Kind kind) : kind(kind) {
+    std::lock_guard<std::mutex> guard(descriptors_lock);
+    descriptors[this] = std::this_thread::get_id();
+  }
+  ~Descriptor() {
+    std::lock_guard<std::mutex> guard(descriptors_lock);
+    descriptors.erase(this);
+  }
 };
 
 // laid out as moe_npu/sim/descriptors.py reads it
@@ -137,6 +149,24 @@ void drop(const void* pointer) {
   }
 }
 
+// An adapter that is interrupted by an error does not destroy what it made: a call has no descriptors but its own.
+void abandon_descriptors() {
+  const char* task_queue = std::getenv("TASK_QUEUE_ENABLE");
+  if (task_queue == nullptr || std::strcmp(task_queue, "0") != 0) return;  // calls that wait have some, too
+  std::vector<Descriptor*> own;
+  {
+    std::lock_guard<std::mutex> guard(descriptors_lock);
+    for (const auto& [descriptor, thread] : descriptors) {
+      if (thread == std::this_thread::get_id()) own.push_back(descriptor);
+    }
+  }
+  for (Descriptor* descriptor : own) {  // each by itself: lists own nothing any more
+    if (descriptor->kind == kTensorList || descriptor->kind == kScalarList) static_cast<Array*>(descriptor)->size = 0;
+    descriptor->references = 1;
+    drop(descriptor);
+  }
+}
+
 template <typename From, typename To>
 void* create_array(Kind kind, const From* values, uint64_t size) {
   auto* array = new Array(kind, size);
@@ -164,8 +194,20 @@ void moe_npu_sim_connect(RunOperator run) { run_operator = run; }
 void moe_npu_sim_observe(Observe callback) { observe = callback; }
 void moe_npu_sim_fail(const char* message) { failure = message; }
 uint64_t moe_npu_sim_allocated() { return device_bytes; }
+uint64_t moe_npu_sim_num_descriptors() {
+  std::lock_guard<std::mutex> guard(descriptors_lock);
+  return descriptors.size();
+}
 
 // first phase of an operator: keep the arguments (capital letters in the signature are descriptors)
+// calls at_npu::native::get_npu_storage_sizes(const at::Tensor&), whose argument is a pointer to its implementation
+int moe_npu_sim_storage_sizes(void* function, void* tensor, int64_t* sizes) {
+  const auto result = reinterpret_cast<std::vector<int64_t> (*)(void* const&)>(function)(tensor);
+  if (result.size() > Tensor::kMaxDim) return 0;
+  std::copy(result.begin(), result.end(), sizes);
+  return static_cast<int>(result.size());
+}
+
 int moe_npu_sim_prepare(const Operator* op, const Slot* slots, uint64_t* workspace_size, void** executor) {
   auto* kept = new Executor{op, std::vector<Slot>(slots, slots + std::strlen(op->signature))};
   for (size_t i = 0; i < kept->slots.size(); i++) {
@@ -181,11 +223,16 @@ int moe_npu_sim_launch(void* executor) {
   std::unique_ptr<Executor> call(static_cast<Executor*>(executor));
   if (run_operator == nullptr) raise(-1, std::string(call->op->name) + ": the simulated device is not active");
   const int outcome = run_operator(call->op->id, call->slots.data(), static_cast<int>(call->slots.size()));
-  if (outcome != kDone) raise(outcome, failure);
+  if (outcome != kDone) {
+    call.reset();
+    abandon_descriptors();
+    raise(outcome, failure);
+  }
   return kSuccess;
 }
 
 void moe_npu_sim_unimplemented(const char* what) {
+  abandon_descriptors();
   raise(kNotImplemented, std::string(what) + " is not implemented on the simulated device");
 }
 
@@ -273,6 +320,50 @@ int aclnnNpuFormatCastCalculateSizeAndFormat(const void* source, int format, int
                            columns};
   std::copy_n(tiles, 4, *shape + rank - 2);
   return kSuccess;
+}
+
+// ---- graph operators, launched one by one: CANN's older interface ----------------------------------------------------
+
+struct TensorDesc {
+  int dtype, format;
+  std::vector<int64_t> shape, storage_shape;
+};
+struct DataBuffer {
+  void* data;
+};
+
+void* aclCreateTensorDesc(int dtype, int dim, const int64_t* shape, int format) {
+  const std::vector<int64_t> sizes(shape, shape + dim);
+  return new TensorDesc{dtype, format, sizes, sizes};
+}
+int aclSetTensorFormat(void* desc, int format) { return static_cast<TensorDesc*>(desc)->format = format, kSuccess; }
+int aclSetTensorShape(void* desc, int dim, const int64_t* shape) {
+  static_cast<TensorDesc*>(desc)->storage_shape.assign(shape, shape + dim);
+  return kSuccess;
+}
+void aclDestroyTensorDesc(const void* desc) { delete static_cast<const TensorDesc*>(desc); }
+void* aclCreateDataBuffer(void* data, size_t) { return new DataBuffer{data}; }
+int aclDestroyDataBuffer(const void* buffer) { return delete static_cast<const DataBuffer*>(buffer), kSuccess; }
+int aclopCompileAndExecute(const char* name, int num_inputs, const TensorDesc* const* inputs,
+                           const DataBuffer* const* input_data, int num_outputs, const TensorDesc* const* outputs,
+                           const DataBuffer* const* output_data, const void*, int, int, const char*, void*) {
+  const Operator* op = moe_npu_sim_find(name);
+  if (op == nullptr) moe_npu_sim_unimplemented((std::string("the graph operator ") + name).c_str());
+  if (std::strlen(op->signature) != static_cast<size_t>(num_inputs + num_outputs)) {
+    raise(kNotImplemented, std::string(name) + ": an optional tensor is not implemented on the simulated device");
+  }
+  std::vector<Slot> slots;
+  auto add = [&slots](const TensorDesc& desc, const DataBuffer& buffer) {
+    slots.push_back({aclCreateTensor(desc.shape.data(), desc.shape.size(), desc.dtype, nullptr, 0, desc.format,
+                                     desc.storage_shape.data(), desc.storage_shape.size(), buffer.data)});
+  };
+  for (int i = 0; i < num_inputs; i++) add(*inputs[i], *input_data[i]);
+  for (int i = 0; i < num_outputs; i++) add(*outputs[i], *output_data[i]);
+  uint64_t workspace_size;
+  void* executor;
+  moe_npu_sim_prepare(op, slots.data(), &workspace_size, &executor);
+  for (const Slot& slot : slots) drop(slot.pointer);
+  return moe_npu_sim_launch(executor);
 }
 int InitHugeMemThreadLocal(void*, bool) { return kSuccess; }
 void UnInitHugeMemThreadLocal(void*, bool) {}
@@ -365,14 +456,32 @@ int aclrtGetCurrentContext(void** context) { return *context = reinterpret_cast<
 int aclrtCreateContext(void** context, int) { return aclrtGetCurrentContext(context); }
 int aclrtGetRunMode(int* mode) { return *mode = 1, kSuccess; }  // host
 int aclrtGetVersion(int* major, int* minor, int* patch) { return *major = 1, *minor = 14, *patch = 0, kSuccess; }
-int aclGetDeviceCapability(uint32_t, int, int64_t* value) { return *value = 24, kSuccess; }
-int aclrtGetDeviceInfo(uint32_t, int, int64_t* value) { return *value = 24, kSuccess; }
+int aclGetDeviceCapability(uint32_t, int which, int64_t* value) {
+  constexpr int kVectorCores = 1, kL2Cache = 2;
+  return *value = which == kL2Cache ? 192 << 20 : which == kVectorCores ? 48 : 24, kSuccess;
+}
+int aclrtGetDeviceInfo(uint32_t, int attribute, int64_t* value) {
+  constexpr int kVectorCores = 201, kMemory = 301, kL2Cache = 302;  // aclrtDevAttr; the others are numbers of cores
+  switch (attribute) {
+    case kVectorCores: *value = 48; break;
+    case kMemory: *value = static_cast<int64_t>(kDeviceMemory); break;
+    case kL2Cache: *value = 192 << 20; break;
+    default: *value = 24;
+  }
+  return kSuccess;
+}
 int aclrtGetSysParamOpt(int, int64_t* value) { return *value = 0, kSuccess; }
 int aclrtGetPrimaryCtxState(int, uint32_t* flags, int* active) { return *flags = 0, *active = 1, kSuccess; }
 int aclmdlRICaptureGetInfo(void*, int* status, void** model) { return *status = 0, *model = nullptr, kSuccess; }
 int aclmdlRICaptureThreadExchangeMode(int*) { return kSuccess; }  // no graph is captured
 const char* aclGetRecentErrMsg() { return ""; }
-int aclGetCannAttribute(int, int32_t* value) { return *value = 0, kSuccess; }  // no optional feature
+int aclGetCannAttribute(int which, int32_t* value) {
+  return *value = which == 0, kSuccess;  // ACL_CANN_ATTR_INF_NAN: numbers overflow to infinity; no other feature
+}
+int aclrtDeviceGetUuid(int device, void* uuid) {  // 16 bytes
+  std::memset(uuid, 0, 16);
+  return *static_cast<int32_t*>(uuid) = device, kSuccess;
+}
 int aclsysGetCANNVersion(int, void* version) {  // the structure begins with the text
   std::memset(version, 0, 128);
   return std::strcpy(static_cast<char*>(version), kCannVersion), kSuccess;

@@ -1,50 +1,90 @@
 """Runs when a Python process starts under ``moe-npu sim``: ``import torch_npu`` shall find the simulated device.
 
 This folder is first on ``PYTHONPATH`` there, so that child processes have the device, too. Nothing is imported before
-torch_npu is.
+the program imports torch_npu, or torch, which does so by itself.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
-class _DeviceLoader(Loader):
-    """The regular loader of torch_npu, between loading the device and connecting it."""
 
-    def __init__(self, loader: Loader) -> None:
+@contextmanager
+def _with_device() -> Iterator[None]:
+    # torch must not import torch_npu by itself in the middle of its import
+    autoload = os.environ.get(_AUTOLOAD)
+    os.environ[_AUTOLOAD] = "0"
+    try:
+        from moe_npu.sim import device
+    finally:
+        os.environ.pop(_AUTOLOAD)
+        if autoload is not None:
+            os.environ[_AUTOLOAD] = autoload
+    device.load()
+    with device.quiet_import():
+        yield
+    device.connect()
+
+
+@contextmanager
+def _after_torch_npu() -> Iterator[None]:
+    # transformers imports torch_npu from within its modules; moe_npu, which comes with the device, extends some of
+    # them and needs them whole
+    importlib.import_module("torch_npu")
+    yield
+
+
+_AROUND: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "torch_npu": _with_device,
+    "transformers": _after_torch_npu,
+}
+
+
+class _AroundLoader(Loader):
+    """The regular loader of a module, within a context."""
+
+    def __init__(self, loader: Loader, around: Callable[[], AbstractContextManager[None]]) -> None:
         self._loader = loader
+        self._around = around
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        from moe_npu.sim import device
-
         assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self._loader
-        device.load()
-        with device.quiet_import():
+        module.__spec__.loader = module.__loader__ = self._loader  # inspect and pickle see the regular one
+        with self._around():
             self._loader.exec_module(module)
-        device.connect()
 
 
-class _DeviceFinder(MetaPathFinder):
+class _AroundFinder(MetaPathFinder):
+    """Finds the modules of ``_AROUND`` as usual, as often as somebody asks, and gives them an `_AroundLoader`."""
+
+    _is_searching = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "torch_npu":
+        if fullname not in _AROUND or self._is_searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._is_searching = True  # the search below asks this finder, too
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._is_searching = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _DeviceLoader(spec.loader)
+            spec.loader = _AroundLoader(spec.loader, _AROUND[fullname])
         return spec
 
 
@@ -59,5 +99,5 @@ def _run_next_sitecustomize() -> None:
             return
 
 
-sys.meta_path.insert(0, _DeviceFinder())
+sys.meta_path.insert(0, _AroundFinder())
 _run_next_sitecustomize()
