@@ -17,7 +17,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 from moe_npu import ops
 from moe_npu.layers._precision import grouped_linear, half_precision
 from moe_npu.layers.dispatch import LocalDispatcher
-from moe_npu.layers.quantized_experts import quantized_weight
+from moe_npu.layers.quantized_experts import quantized_mlp, quantized_weight
+from moe_npu.quant import QuantizedRows, QuantScheme
 
 NAME = "moe_npu"
 SCHEME_ATTRIBUTE = "moe_npu_scheme"
@@ -42,35 +43,45 @@ def moe_npu_experts_forward(
         ``[T, H]``, dtype of ``hidden_states``. The K results of a token are summed in float32. Quantized experts of a
         float32 model compute in bfloat16.
     """
+    scheme: QuantScheme | None = getattr(self, SCHEME_ATTRIBUTE, None)
+    is_swiglu = _is_swiglu(self)
     dispatcher = LocalDispatcher(self.num_experts, has_absent_experts=self._is_expert_parallel)
-    dispatched = dispatcher.dispatch(hidden_states, top_k_index, top_k_weights)
+    quantize = is_swiglu and scheme is not None and scheme.takes_quantized_rows
+    dispatched = dispatcher.dispatch(hidden_states, top_k_index, top_k_weights, quantize=quantize)
     rows, expert_tokens = dispatched.rows, dispatched.expert_tokens
-    rows = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", rows, expert_tokens)
-    if not self.has_gate:
-        rows = self.act_fn(rows)
-    elif _is_swiglu(self):
-        rows = ops.npu_swiglu(rows)
+    if is_swiglu and scheme is not None:
+        rows = quantized_mlp(self, scheme, rows, expert_tokens)
     else:
-        rows = self._apply_gate(rows)
-    rows = _linear(self, "down_proj", rows, expert_tokens)
+        assert not isinstance(rows, QuantizedRows)
+        rows = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", rows, expert_tokens, scheme)
+        if not self.has_gate:
+            rows = self.act_fn(rows)
+        elif is_swiglu:
+            rows = ops.npu_swiglu(rows)
+        else:
+            rows = self._apply_gate(rows)
+        rows = _linear(self, "down_proj", rows, expert_tokens, scheme)
     if self.has_post_expert_norm:
-        if dispatched.absent_rows is not None:  # undefined rows would reach the gradient of the norm's weight
-            rows = rows.masked_fill(dispatched.absent_rows, 0)
+        if self._is_expert_parallel:  # undefined rows would reach the gradient of the norm's weight
+            is_undefined = torch.arange(rows.size(0), device=rows.device) >= expert_tokens.sum()
+            rows = rows.masked_fill(is_undefined.unsqueeze(1), 0)
         rows = self.post_expert_norm(rows)
     return dispatcher.combine(rows, dispatched.state).to(hidden_states.dtype)
 
 
 def _is_swiglu(experts: Any) -> bool:
     return (
-        type(experts)._apply_gate is _default_apply_gate
+        bool(experts.has_gate)
+        and type(experts)._apply_gate is _default_apply_gate
         and experts.is_concatenated
         and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
     )
 
 
-def _linear(experts: Any, name: str, rows: torch.Tensor, expert_tokens: torch.Tensor) -> torch.Tensor:
+def _linear(
+    experts: Any, name: str, rows: torch.Tensor, expert_tokens: torch.Tensor, scheme: QuantScheme | None
+) -> torch.Tensor:
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-    scheme = getattr(experts, SCHEME_ATTRIBUTE, None)
     if scheme is not None:
         return scheme.grouped_mm(half_precision(rows), quantized_weight(experts, name), expert_tokens, bias=bias)
     weight = getattr(experts, name)

@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_npu.layers import hf
-from moe_npu.layers.quantized_experts import set_quantized_weight
+from moe_npu.layers.quantized_experts import WEIGHTS, prepare_quantized_weights, set_quantized_weight
 from moe_npu.quant.checkpoint import Checkpoint
 from moe_npu.quant.formats import native
 
@@ -78,7 +78,7 @@ class MoeNpuHfQuantizer(HfQuantizer):
         scheme = self.quantization_config.scheme
         for module in model.modules():
             if hasattr(module, hf.SCHEME_ATTRIBUTE):
-                module.requires_grad_(False)  # the loader makes float parameters trainable, scales too
+                prepare_quantized_weights(module, scheme)  # not trainable, while the loader makes scales so
         if not scheme.passes_gradient:
             model.requires_grad_(False)
         return model
@@ -99,7 +99,7 @@ class MoeNpuHfQuantizer(HfQuantizer):
 
 
 def _quantize_parameters(module: nn.Module, scheme: Any) -> None:
-    for name in ("gate_up_proj", "down_proj"):
+    for name in WEIGHTS:
         weight: torch.Tensor = getattr(module, name)
         set_quantized_weight(module, name, scheme.empty(tuple(weight.shape), dtype=weight.dtype, device=weight.device))
     setattr(module, hf.SCHEME_ATTRIBUTE, scheme)

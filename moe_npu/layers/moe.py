@@ -14,7 +14,8 @@ class MoE(nn.Module):
 
     Args:
         router: chooses experts and weights.
-        experts: ``(rows [R, H], expert_tokens [E]) -> [R, H]``, e.g. ``GroupedExperts`` or ``QuantizedExperts``.
+        experts: ``(rows [R, H], expert_tokens [E]) -> [R, H]``, e.g. ``GroupedExperts`` or ``QuantizedExperts``. Those
+            with a true ``takes_quantized_rows`` get ``moe_npu.quant.QuantizedRows``.
         dispatcher: brings rows to their experts and back; the experts of this device by default.
         shared_expert: ``[T, H] -> [T, H]``, added for every token.
 
@@ -50,7 +51,8 @@ class MoE(nn.Module):
         """:meth:`forward` and what the router decided, e.g. for a load-balancing loss."""
         tokens = hidden_states.reshape(-1, hidden_states.size(-1))  # [T, H]
         routing: RouterOutput = self.router(tokens)
-        dispatched = self.dispatcher.dispatch(tokens, routing.topk_ids, routing.topk_weights)
+        quantize: bool = getattr(self.experts, "takes_quantized_rows", False)
+        dispatched = self.dispatcher.dispatch(tokens, routing.topk_ids, routing.topk_weights, quantize=quantize)
         expert_rows = self.experts(dispatched.rows, dispatched.expert_tokens)  # [R, H]
         output = self.dispatcher.combine(expert_rows, dispatched.state)  # [T, H]
         if self.shared_expert is not None:

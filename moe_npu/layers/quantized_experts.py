@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from moe_npu import ops
 from moe_npu.layers._precision import half_precision
 from moe_npu.layers.activations import GatedActivation, get_activation
 from moe_npu.layers.experts import GroupedExperts
-from moe_npu.quant import QuantizedWeight, QuantScheme
+from moe_npu.quant import QuantizedRows, QuantizedWeight, QuantScheme
+
+WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 class QuantizedExperts(nn.Module):
@@ -49,7 +54,8 @@ class QuantizedExperts(nn.Module):
             "down_proj": (num_experts, hidden_size, intermediate_size),
         }
         for name, shape in shapes.items():
-            set_quantized_weight(self, name, scheme.empty(shape, dtype=dtype, device=device))
+            set_quantized_weight(self, name, scheme.prepare(scheme.empty(shape, dtype=dtype, device=device)))
+        self.register_load_state_dict_post_hook(_prepare_again)
 
     @classmethod
     def from_float(cls, experts: GroupedExperts, scheme: QuantScheme) -> QuantizedExperts:
@@ -69,20 +75,34 @@ class QuantizedExperts(nn.Module):
             device="meta",
             dtype=experts.down_proj.dtype,
         )
-        for name in ("gate_up_proj", "down_proj"):
-            set_quantized_weight(quantized, name, scheme.quantize(getattr(experts, name).detach()))
+        for name in WEIGHTS:
+            weight: torch.Tensor = getattr(experts, name).detach()
+            set_quantized_weight(quantized, name, scheme.prepare(scheme.quantize(weight)))
         return quantized
 
-    def forward(self, hidden_states: torch.Tensor, expert_tokens: torch.Tensor) -> torch.Tensor:
+    @property
+    def takes_quantized_rows(self) -> bool:
+        """Whether a dispatcher may quantize the rows, so that they are copied as int8."""
+        return self.scheme.takes_quantized_rows and self._is_swiglu
+
+    @property
+    def _is_swiglu(self) -> bool:
+        return self.activation is ops.npu_swiglu
+
+    def forward(self, hidden_states: torch.Tensor | QuantizedRows, expert_tokens: torch.Tensor) -> torch.Tensor:
         """Apply each expert to its rows.
 
         Args:
-            hidden_states: ``[R, H]``, rows sorted by expert. float32 rows are computed in bfloat16.
+            hidden_states: ``[R, H]``, rows sorted by expert, also quantized ones if :attr:`takes_quantized_rows`.
+                float32 rows are computed in bfloat16.
             expert_tokens: ``[E]`` int64, rows of each expert.
 
         Returns:
             ``[R, H]``, dtype of ``hidden_states``.
         """
+        if self._is_swiglu:
+            return quantized_mlp(self, self.scheme, hidden_states, expert_tokens).to(hidden_states.dtype)
+        assert not isinstance(hidden_states, QuantizedRows)
         rows = half_precision(hidden_states)  # [R, H]
         gate_up = self.scheme.grouped_mm(rows, quantized_weight(self, "gate_up_proj"), expert_tokens)  # [R, 2I]
         rows = self.activation(gate_up)  # [R, I]
@@ -98,11 +118,32 @@ class QuantizedExperts(nn.Module):
 
 
 def set_quantized_weight(module: nn.Module, name: str, quantized: QuantizedWeight) -> None:
-    """Store a quantized weight as the parameters ``name`` and ``name + "_scale"`` of ``module``."""
+    """Store a quantized weight as parameters ``name`` and ``name + "_scale"`` and a buffer ``name + "_offset"``."""
     for parameter, value in ((name, quantized.weight), (f"{name}_scale", quantized.scale)):
         module.register_parameter(parameter, nn.Parameter(value, requires_grad=False))
+    module.register_buffer(f"{name}_offset", quantized.offset, persistent=False)
 
 
 def quantized_weight(module: nn.Module, name: str) -> QuantizedWeight:
     """The quantized weight that :func:`set_quantized_weight` stored."""
-    return QuantizedWeight(getattr(module, name), getattr(module, f"{name}_scale"))
+    return QuantizedWeight(*(getattr(module, f"{name}{suffix}") for suffix in ("", "_scale", "_offset")))
+
+
+def quantized_mlp(
+    module: nn.Module, scheme: QuantScheme, hidden_states: torch.Tensor | QuantizedRows, expert_tokens: torch.Tensor
+) -> torch.Tensor:
+    """Rows through the SwiGLU experts of ``module``: :meth:`QuantScheme.gated_mlp` of its quantized weights."""
+    rows = hidden_states if isinstance(hidden_states, QuantizedRows) else half_precision(hidden_states)
+    gate_up_proj, down_proj = (quantized_weight(module, name) for name in WEIGHTS)
+    return scheme.gated_mlp(rows, gate_up_proj, down_proj, expert_tokens)
+
+
+def prepare_quantized_weights(module: nn.Module, scheme: QuantScheme) -> None:
+    """Put the weights that were loaded into ``module`` in the form that is multiplied."""
+    for name in WEIGHTS:
+        set_quantized_weight(module, name, scheme.prepare(quantized_weight(module, name)))
+
+
+def _prepare_again(module: QuantizedExperts, _: Any) -> None:
+    """After a state dict was loaded, which holds no offsets: on a module that was on ``meta`` they are undefined."""
+    prepare_quantized_weights(module, module.scheme)

@@ -21,14 +21,20 @@ _INT32_MAX = 2**31 - 1
 
 
 class Placement(NamedTuple):
-    """Where the pairs go. Everything is int64 except ``row_of_pair``."""
+    """Where the pairs go: int64 indices and counts, int32 rows."""
 
     order: torch.Tensor  # [N*K], all pairs in sorted order, the active ones first
-    row_of_pair: torch.Tensor  # [N*K] int32, the row of each active pair, -1 for the others and the dropped ones
+    row_of_pair: torch.Tensor  # [N*K], the row of each active pair, -1 for the others and the dropped ones
     counts: torch.Tensor  # [R], active pairs of each expert, whether or not they get a row
     pair: torch.Tensor  # [V], the pairs that get a row, in the order of their rows
     row: torch.Tensor  # [V], ascending
-    expert: torch.Tensor  # [V], their expert, counted from start
+    ids: torch.Tensor  # [N*K], the expert of each pair
+    start: int
+
+    @property
+    def expert(self) -> torch.Tensor:
+        """``[V]``, the expert of the pairs that get a row, counted from start."""
+        return self.ids[self.pair].long() - self.start
 
 
 def num_expanded_rows(num_pairs: int, active_num: int) -> int:
@@ -39,22 +45,26 @@ def num_expanded_rows(num_pairs: int, active_num: int) -> int:
 def place(expert_idx: torch.Tensor, start: int, end: int, num_rows: int, capacity: int | None = None) -> Placement:
     """Sort the pairs of ``expert_idx [N, K]`` and give them rows: ``num_rows`` in all, or ``capacity`` per expert."""
     ids = expert_idx.reshape(-1)
+    low, high = (int(bound) for bound in ids.aminmax()) if ids.numel() else (start, start)
     # ids below the range go behind everything; those past its end are behind the active ones already
-    order = torch.argsort(ids.masked_fill(ids < start, _INT32_MAX), stable=True)
-    counts = torch.bincount(ids[(ids >= start) & (ids < end)] - start, minlength=end - start)
-    pair = order[: int(counts.sum())]
-    expert = ids[pair].long() - start
-    row = torch.arange(pair.numel())
-    row_of_pair = torch.full((ids.numel(),), -1, dtype=torch.int32)
+    order = torch.argsort(ids if low >= start else ids.masked_fill(ids < start, _INT32_MAX), stable=True)
+    active = ids if low >= start and high < end else ids[(ids >= start) & (ids < end)]
+    counts = torch.bincount(active if start == 0 else active - start, minlength=end - start)
+    pair, row = order[: active.numel()], torch.arange(active.numel(), dtype=torch.int32)
     if capacity is None:
         # not cut at num_rows: the device lets the indices point past the last row
-        row_of_pair[pair] = row.to(torch.int32)
-        return Placement(order, row_of_pair, counts, pair[:num_rows], row[:num_rows], expert[:num_rows])
+        row_of_pair = _scatter(pair, row, ids.numel())
+        return Placement(order, row_of_pair, counts, pair[:num_rows], row[:num_rows], ids, start)
+    expert = ids[pair].long() - start
     slot = row - (counts.cumsum(0) - counts)[expert]
     kept = slot < capacity
-    pair, expert, row = pair[kept], expert[kept], (expert * capacity + slot)[kept]
-    row_of_pair[pair] = row.to(torch.int32)
-    return Placement(order, row_of_pair, counts, pair, row, expert)
+    pair, row = pair[kept], (expert * capacity + slot)[kept].to(torch.int32)
+    return Placement(order, _scatter(pair, row, ids.numel()), counts, pair, row, ids, start)
+
+
+def _scatter(pair: torch.Tensor, row: torch.Tensor, num_pairs: int) -> torch.Tensor:
+    """The row of each pair, -1 for those that are not in ``pair``."""
+    return torch.full((num_pairs,), -1, dtype=torch.int32).scatter_(0, pair, row)
 
 
 def spread(values: torch.Tensor, placement: Placement, num_rows: int) -> torch.Tensor:
@@ -62,7 +72,7 @@ def spread(values: torch.Tensor, placement: Placement, num_rows: int) -> torch.T
     if values.size(0) == num_rows:  # rows ascend, so that each value is in its place
         return values
     rows = values.new_zeros(num_rows, *values.shape[1:])
-    rows[placement.row] = values
+    rows[placement.row.long()] = values
     return rows
 
 
@@ -103,6 +113,8 @@ def sum_over_slots(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """
     if index.size(1) == 0:
         return rows.new_zeros(index.size(0), rows.size(1))
-    weights = (index >= 0).to(rows.dtype)  # a weight of zero skips the row
-    index = index.clamp_min(0).reshape(-1)
-    return torch.ops.moe_npu.npu_moe_token_unpermute.default(rows.contiguous(), index, weights, False, None)
+    # -1 becomes the largest number, and an index past the last row is skipped
+    sorted_indices = index.bitwise_and(_INT32_MAX).reshape(-1)
+    return torch.ops.moe_npu.npu_moe_token_permute_grad_v2.default(
+        rows.contiguous(), sorted_indices, index.size(0), rows.dtype, index.size(1), False
+    )

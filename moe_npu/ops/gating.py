@@ -158,21 +158,30 @@ def _v2_setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Gated) -> None
     ctx.save_for_backward(x, output[1] if finished is None else None)
     ctx.has_softmax = ctx.renorm == 0 and output_softmax
     ctx.mark_non_differentiable(output[1], *(() if ctx.has_softmax else output[2:]))
+    ctx.set_materialize_grads(False)  # zeros for results without a gradient would be launches on a device
 
 
-def _v2_backward(ctx: Any, dy: torch.Tensor, _: torch.Tensor, dsoftmax: torch.Tensor) -> tuple[Any, ...]:
+def _v2_backward(
+    ctx: Any, dy: torch.Tensor | None, _: torch.Tensor | None, dsoftmax: torch.Tensor | None
+) -> tuple[Any, ...]:
     x, expert_idx = ctx.saved_tensors
+    if dy is None and dsoftmax is None:
+        return None, None, None, None, None
+    if dy is None:
+        dy = x.new_zeros(*x.shape[:-1], ctx.k)
     if expert_idx is None:
         expert_idx = _v2_op(x.detach(), ctx.k, None, ctx.renorm, False)[1]
     chosen = expert_idx.long()
     if ctx.renorm == 1:
         y = _softmax(x.gather(-1, chosen))
-        dlogits = _softmax_gradient(y, dy.to(y.dtype))
-        dx = torch.zeros_like(x, dtype=y.dtype).scatter(-1, chosen, dlogits)
+        dlogits = torch._softmax_backward_data(dy.to(y.dtype), y, -1, y.dtype)
+        dx = torch.zeros_like(x).scatter(-1, chosen, dlogits.to(x.dtype))
     else:
         probabilities = _softmax(x)
         dp = torch.zeros_like(probabilities).scatter(-1, chosen, dy.to(probabilities.dtype))
-        dx = _softmax_gradient(probabilities, dp + dsoftmax if ctx.has_softmax else dp)
+        dx = torch._softmax_backward_data(
+            dp if dsoftmax is None else dp + dsoftmax, probabilities, -1, probabilities.dtype
+        )
     return dx.to(x.dtype), None, None, None, None
 
 

@@ -75,9 +75,10 @@ def _cpu(
         if scale is not None:
             expanded_scale = spread(scale.index_select(0, token), placement, num_rows)
     expanded_x = spread(values, placement, num_rows)
-    counts = torch.zeros(_counts_shape(expert_num, expert_tokens_num_type, start, end), dtype=torch.int64)
     if expert_tokens_num_flag:
         counts = _encode_counts(placement.counts, start, expert_num, expert_tokens_num_type)
+    else:
+        counts = torch.zeros(_counts_shape(expert_num, expert_tokens_num_type, start, end), dtype=torch.int64)
     return (
         expanded_x if capacity is None else expanded_x.view(expert_num, capacity, x.size(1)),
         placement.row_of_pair if row_idx_type == 0 else placement.order.to(torch.int32),
@@ -200,6 +201,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Routed) -> None:
     if quant_mode != NO_QUANT or not ctx.has_scale:
         undifferentiable.append(output[3])
     ctx.mark_non_differentiable(*undifferentiable)
+    ctx.set_materialize_grads(False)  # zeros for results without a gradient would be launches on a device
 
 
 def _gather_index(order: torch.Tensor, expert_idx: torch.Tensor, start: int, end: int) -> torch.Tensor:
@@ -211,16 +213,17 @@ def _gather_index(order: torch.Tensor, expert_idx: torch.Tensor, start: int, end
     return order.new_full((order.size(0) + 1,), -1).scatter(0, pair, position)[1:]
 
 
-def _backward(ctx: Any, dexpanded: torch.Tensor, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, dexpanded: torch.Tensor | None, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     index, expert_idx = ctx.saved_tensors
     if ctx.is_scatter:
         index = _gather_index(index, expert_idx, ctx.start, ctx.end)
     index = index.view(ctx.shape)
     dx = dscale = None
-    if ctx.needs_input_grad[0]:
+    if dexpanded is not None and ctx.needs_input_grad[0]:
         dx = sum_over_slots(dexpanded.flatten(0, -2), index)
-    if ctx.needs_input_grad[2] and ctx.has_scale:
-        dscale = sum_over_slots(grads[-1].unsqueeze(1), index).squeeze(1)
+    dexpanded_scale = grads[-1]
+    if dexpanded_scale is not None and ctx.needs_input_grad[2] and ctx.has_scale:
+        dscale = sum_over_slots(dexpanded_scale.unsqueeze(1), index).squeeze(1)
     return dx, None, dscale, *[None] * 10
 
 

@@ -187,19 +187,31 @@ def _npu(
     inner_precise: int,
 ) -> torch.Tensor:
     # of views the device reads transposed ones only, and takes them for words along K
+    along_k = weight.dtype == torch.int32 and not _is_packed_along_n(x, weight)
     if _is_packed_along_n(x, weight) or not is_transposed(weight):
         weight = weight.contiguous()
-    return torch.ops.npu.npu_weight_quant_batchmatmul(
-        x if is_transposed(x) else x.contiguous(),
-        weight,
-        antiquant_scale,
-        antiquant_offset,
-        quant_scale,
-        quant_offset,
-        None if bias is None else bias.contiguous(),
-        antiquant_group_size,
-        inner_precise,
-    )
+
+    def multiply(weight: torch.Tensor) -> torch.Tensor:
+        return torch.ops.npu.npu_weight_quant_batchmatmul(
+            x if is_transposed(x) else x.contiguous(),
+            weight,
+            antiquant_scale,
+            antiquant_offset,
+            quant_scale,
+            quant_offset,
+            None if bias is None else bias.contiguous(),
+            antiquant_group_size,
+            inner_precise,
+        )
+
+    try:
+        return multiply(weight)
+    except RuntimeError as error:
+        # torch_npu knows a transposed view by the memory that it is of, which must have been allocated as [N, K / 8]:
+        # not as part of more, nor by moving the view to the device
+        if not along_k or "weight_k_dim" not in str(error):
+            raise
+        return multiply(weight.mT.clone(memory_format=torch.contiguous_format).mT)
 
 
 def _fake(

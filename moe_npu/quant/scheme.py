@@ -12,6 +12,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
+from moe_npu import ops
+
 
 class QuantizedWeight(NamedTuple):
     """The stored form of a weight ``[..., N, K]``; leading dims, if any, are experts.
@@ -19,10 +21,26 @@ class QuantizedWeight(NamedTuple):
     Attributes:
         weight: the integers, ``[..., N, K]`` int8 or ``[..., N, K/8]`` int32 words of eight int4.
         scale: ``[..., N, G]``, one scale for each of G groups of consecutive values along K.
+        offset: ``[..., N, G]`` zeros where a kernel wants them, in no file: made by :meth:`QuantScheme.prepare`.
     """
 
     weight: torch.Tensor
     scale: torch.Tensor
+    offset: torch.Tensor | None = None
+
+
+class QuantizedRows(NamedTuple):
+    """Rows of activations rounded to integers: ``codes * scale[:, None]``.
+
+    Attributes:
+        codes: ``[R, K]`` int8.
+        scale: ``[R]`` float32.
+        dtype: dtype of the rows before.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    dtype: torch.dtype
 
 
 class QuantScheme(ABC):
@@ -31,6 +49,7 @@ class QuantScheme(ABC):
     name: ClassVar[str]
     description: ClassVar[str]
     passes_gradient: ClassVar[bool]  # whether the rows that are multiplied get one
+    takes_quantized_rows: ClassVar[bool] = False  # whether `gated_mlp` multiplies QuantizedRows
 
     @property
     @abstractmethod
@@ -59,6 +78,10 @@ class QuantScheme(ABC):
             ValueError: the shape cannot be stored.
         """
 
+    def prepare(self, quantized: QuantizedWeight) -> QuantizedWeight:
+        """The same values as the kernels read them, for a weight that is multiplied many times."""
+        return quantized
+
     @abstractmethod
     def grouped_mm(
         self,
@@ -79,6 +102,29 @@ class QuantScheme(ABC):
         Returns:
             ``[R, N]``, dtype of x.
         """
+
+    def gated_mlp(
+        self,
+        x: torch.Tensor | QuantizedRows,
+        gate_up_proj: QuantizedWeight,
+        down_proj: QuantizedWeight,
+        expert_tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        """Rows of x, sorted by expert, through the network of their expert: ``down(silu(gate(x)) * up(x))``.
+
+        Args:
+            x: ``[R, H]``, bfloat16 or float16; also quantized where the scheme takes that.
+            gate_up_proj: of ``[E, 2I, H]``.
+            down_proj: of ``[E, H, I]``.
+            expert_tokens: ``[E]`` int64, rows of each expert.
+
+        Returns:
+            ``[R, H]``, dtype of x; bfloat16 for rows that were float32.
+        """
+        if isinstance(x, QuantizedRows):
+            raise TypeError(f"{self.name} multiplies float rows, but got quantized ones")
+        rows = ops.npu_swiglu(self.grouped_mm(x, gate_up_proj, expert_tokens))  # [R, I]
+        return self.grouped_mm(rows, down_proj, expert_tokens)
 
 
 _SCHEMES: dict[str, type[QuantScheme]] = {}
@@ -127,4 +173,13 @@ def require_half(scheme: str, x: torch.Tensor) -> None:
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"{scheme} computes on bfloat16 or float16 rows, but got {x.dtype}; load the model in torch.bfloat16"
+        )
+
+
+def refuse_gradient(x: torch.Tensor) -> None:
+    """Raise if a gradient of ``x`` is asked for: rounding to integers has none."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            "rows are rounded to int8, which has no gradient; run under torch.no_grad(), or use w4a16 to train through "
+            "quantized experts"
         )

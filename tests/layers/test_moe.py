@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import moe_npu
-from moe_npu.layers.dispatch import count_expert_tokens
 from tests.helpers.assertions import assert_close
 
 E, H, INTER, K = 6, 16, 8, 2
@@ -140,8 +139,8 @@ def test_a_few_steps_of_training_lower_the_loss() -> None:
 
 def test_the_dispatcher_can_be_replaced() -> None:
     class Recording(moe_npu.LocalDispatcher):
-        def dispatch(self, *args: torch.Tensor) -> moe_npu.layers.Dispatched:
-            self.dispatched = super().dispatch(*args)
+        def dispatch(self, *args: torch.Tensor, quantize: bool = False) -> moe_npu.layers.Dispatched:
+            self.dispatched = super().dispatch(*args, quantize=quantize)
             return self.dispatched
 
     layer = make()
@@ -150,12 +149,23 @@ def test_the_dispatcher_can_be_replaced() -> None:
     assert layer.dispatcher.dispatched.expert_tokens.sum() == 4 * K
 
 
+@pytest.mark.parametrize("quantize", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("num_experts", [1, 2, 128])
-def test_expert_tokens_count_present_experts_only(num_experts: int) -> None:
-    ids = torch.randint(0, num_experts + 2, (50, 4))
-    counts = count_expert_tokens(ids, num_experts)
-    assert counts.dtype == torch.int64
-    assert counts.tolist() == [int((ids == expert).sum()) for expert in range(num_experts)]
+def test_rows_of_present_experts_come_sorted_and_counted(num_experts: int, quantize: bool) -> None:
+    x, ids = torch.randn(50, H), torch.randint(0, num_experts + 2, (50, 4))
+    dispatcher = moe_npu.LocalDispatcher(num_experts, has_absent_experts=True)
+    rows, expert_tokens, state = dispatcher.dispatch(x, ids, torch.rand(50, 4), quantize=quantize)
+    assert expert_tokens.dtype == torch.int64
+    assert expert_tokens.tolist() == [int((ids == expert).sum()) for expert in range(num_experts)]
+    expected = torch.cat([x[(ids == expert).nonzero()[:, 0]] for expert in range(num_experts)])
+    if quantize:
+        assert (rows.codes.dtype, rows.scale.dtype, rows.dtype) == (torch.int8, torch.float32, x.dtype)
+        rows = rows.codes * rows.scale.unsqueeze(1)
+        assert (rows[: len(expected)] - expected).abs().max() <= 0.51 * x.abs().max() / 127
+    else:
+        assert torch.equal(rows[: len(expected)], expected)
+    # in the gradient of combine each pair writes a row: no two may share one
+    assert state.sorted_indices.sort().values.tolist() == list(range(200))
 
 
 def test_absent_experts_contribute_nothing_even_if_their_rows_are_nan() -> None:
@@ -227,6 +237,65 @@ class TestQuantizedExperts:
         (expected,) = torch.autograd.grad(experts(x, counts), x, grad)
         torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("scheme", moe_npu.quant.scheme_names())
+    def test_a_whole_layer_equals_its_float_twin(self, scheme: str, dtype: torch.dtype) -> None:
+        torch.manual_seed(2)
+        layer = moe_npu.MoE(
+            moe_npu.SoftmaxTopKRouter(64, E, K, norm_topk_prob=True, dtype=dtype),
+            moe_npu.GroupedExperts(E, 64, 32, dtype=dtype),
+        )
+        experts = moe_npu.QuantizedExperts.from_float(layer.experts, moe_npu.get_scheme(scheme))
+        assert experts.takes_quantized_rows == (scheme == "w8a8")
+        x = torch.randn(3, 7, 64, dtype=dtype)
+        with torch.no_grad():
+            for name in ("gate_up_proj", "down_proj"):
+                parts = moe_npu.quant.QuantizedWeight(getattr(experts, name), getattr(experts, f"{name}_scale"))
+                getattr(layer.experts, name).copy_(experts.scheme.dequantize(parts))
+            actual, expected = moe_npu.MoE(layer.router, experts)(x), layer(x)
+        assert actual.dtype == dtype
+        assert (actual - expected).norm() <= 0.02 * expected.norm()
+
+    def test_experts_with_another_activation_take_float_rows(self) -> None:
+        experts = moe_npu.GroupedExperts(E, H, INTER, activation="gelu", dtype=torch.bfloat16)
+        layer = moe_npu.MoE(
+            moe_npu.SoftmaxTopKRouter(H, E, K, norm_topk_prob=True, dtype=torch.bfloat16),
+            moe_npu.QuantizedExperts.from_float(experts, moe_npu.get_scheme("w8a8")),
+        )
+        x = torch.randn(5, H, dtype=torch.bfloat16)
+        with torch.no_grad():
+            actual, expected = layer(x), moe_npu.MoE(layer.router, experts)(x)
+        assert (actual - expected).norm() <= 0.04 * expected.norm()
+
+    @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+    @pytest.mark.parametrize("scheme", moe_npu.quant.scheme_names())
+    def test_meta_construction_then_load(self, scheme: str, assign: bool) -> None:
+        scheme = moe_npu.get_scheme(scheme)
+        source = moe_npu.QuantizedExperts.from_float(moe_npu.GroupedExperts(2, 32, 16, dtype=torch.bfloat16), scheme)
+        assert set(source.state_dict()) == set(dict(source.named_parameters()))
+        with torch.device("meta"):
+            experts = moe_npu.QuantizedExperts(2, 32, 16, scheme=scheme)
+        if not assign:
+            experts.to_empty(device="cpu")
+            for buffer in experts.buffers():
+                buffer.fill_(torch.nan)
+        experts.load_state_dict(source.state_dict(), assign=assign)
+        assert {tensor.size(0) for tensor in (*experts.parameters(), *experts.buffers())} == {2}
+        x, expert_tokens = torch.randn(4, 32, dtype=torch.bfloat16), torch.tensor([1, 3])
+        with torch.no_grad():
+            assert torch.equal(experts(x, expert_tokens), source(x, expert_tokens))
+
+    @pytest.mark.parametrize("scheme", moe_npu.quant.scheme_names())
+    def test_compiles_to_one_graph(self, scheme: str) -> None:
+        experts = moe_npu.QuantizedExperts.from_float(
+            moe_npu.GroupedExperts(E, 32, 16, dtype=torch.bfloat16), moe_npu.get_scheme(scheme)
+        )
+        layer = moe_npu.MoE(moe_npu.SoftmaxTopKRouter(32, E, K, norm_topk_prob=False, dtype=torch.bfloat16), experts)
+        x = torch.randn(6, 32, dtype=torch.bfloat16)
+        with torch.no_grad():
+            compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+            assert torch.equal(compiled(x), layer(x))
+
     def test_w8a8_refuses_to_lose_a_gradient(self) -> None:
         experts = moe_npu.QuantizedExperts.from_float(
             moe_npu.GroupedExperts(2, 16, 8, dtype=torch.bfloat16), moe_npu.get_scheme("w8a8")
@@ -234,6 +303,9 @@ class TestQuantizedExperts:
         x = torch.randn(2, 16, dtype=torch.bfloat16, requires_grad=True)
         with pytest.raises(ValueError, match="no gradient"):
             experts(x, torch.tensor([1, 1]))
+        layer = moe_npu.MoE(moe_npu.SoftmaxTopKRouter(16, 2, 1, norm_topk_prob=True, dtype=torch.bfloat16), experts)
+        with pytest.raises(ValueError, match="no gradient"):
+            layer(x)
 
     @pytest.mark.parametrize("scheme", moe_npu.quant.scheme_names())
     def test_float32_rows_are_computed_in_bfloat16(self, scheme: str) -> None:

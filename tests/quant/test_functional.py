@@ -105,6 +105,11 @@ def test_mistakes_are_refused(call, message: str) -> None:
         call()
 
 
+def stored(quantized: quant.QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    assert isinstance(quantized, quant.QuantizedWeight)
+    return quantized.weight, quantized.scale
+
+
 class TestSchemes:
     """What every registered scheme must provide."""
 
@@ -116,15 +121,25 @@ class TestSchemes:
     def test_empty_announces_what_quantize_returns(self, scheme: quant.QuantScheme, dtype: torch.dtype) -> None:
         weight = torch.randn(3, 6, 32, dtype=dtype)
         announced = scheme.empty(weight.shape, dtype=dtype, device="meta")
-        for actual, expected in zip(scheme.quantize(weight), announced, strict=True):
+        for actual, expected in zip(stored(scheme.quantize(weight)), stored(announced), strict=True):
             assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
 
     def test_quantizing_one_expert_equals_quantizing_all(self, scheme: quant.QuantScheme) -> None:
         weight = torch.randn(3, 6, 32, dtype=torch.bfloat16)
         together = scheme.quantize(weight)
         for expert in range(3):
-            for part, whole in zip(scheme.quantize(weight[expert]), together, strict=True):
+            for part, whole in zip(stored(scheme.quantize(weight[expert])), stored(together), strict=True):
                 assert_bits_equal(part, whole[expert])
+
+    def test_a_prepared_weight_holds_the_same_values(self, scheme: quant.QuantScheme) -> None:
+        parts = scheme.quantize(torch.randn(3, 6, 32, dtype=torch.bfloat16))
+        prepared = scheme.prepare(parts)
+        for part, original in zip(stored(prepared), stored(parts), strict=True):
+            assert_bits_equal(part, original)
+        if prepared.offset is not None:
+            assert_bits_equal(prepared.offset, torch.zeros_like(parts.scale))
+        x, expert_tokens = torch.randn(9, 32, dtype=torch.bfloat16), torch.tensor([4, 0, 5])
+        assert_bits_equal(scheme.grouped_mm(x, prepared, expert_tokens), scheme.grouped_mm(x, parts, expert_tokens))
 
     def test_quantizing_the_restored_weight_changes_nothing(self, scheme: quant.QuantScheme) -> None:
         first = scheme.quantize(torch.randn(6, 32))

@@ -1,6 +1,6 @@
 """Token dispatchers: how rows reach their experts and come back. One file each."""
 
-from moe_npu.layers.dispatch.base import Dispatched, TokenDispatcher, count_expert_tokens
+from moe_npu.layers.dispatch.base import Dispatched, TokenDispatcher
 from moe_npu.layers.dispatch.local import LocalDispatcher
 
-__all__ = ["Dispatched", "LocalDispatcher", "TokenDispatcher", "count_expert_tokens"]
+__all__ = ["Dispatched", "LocalDispatcher", "TokenDispatcher"]

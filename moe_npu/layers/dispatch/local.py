@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from moe_npu import ops
-from moe_npu.layers.dispatch.base import Dispatched, TokenDispatcher, count_expert_tokens
+from moe_npu.layers.dispatch.base import Dispatched, TokenDispatcher
+from moe_npu.quant import QuantizedRows
+from moe_npu.quant.scheme import refuse_gradient
 
 
 @dataclass(frozen=True)
@@ -28,19 +30,41 @@ class LocalDispatcher(TokenDispatcher):
         self.num_experts = num_experts
         self.has_absent_experts = has_absent_experts
 
-    def dispatch(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> Dispatched:
-        """See :meth:`TokenDispatcher.dispatch`."""
-        rows, sorted_indices = ops.npu_moe_token_permute(hidden_states, topk_ids)  # [T * K, H], [T * K]
-        expert_tokens = count_expert_tokens(topk_ids, self.num_experts)  # [E]
-        if not self.has_absent_experts:
-            return Dispatched(rows, expert_tokens, _State(sorted_indices, topk_weights))
-        # absent experts have the largest ids, hence the last rows. Their results, and the gradient that comes back
-        # through them, are undefined: a weight of zero leaves out the former, masked_fill's backward the latter
-        absent_rows = torch.arange(rows.size(0), device=rows.device) >= expert_tokens.sum()
-        absent_rows = absent_rows.unsqueeze(1)  # [T * K, 1]
-        rows = rows.masked_fill(absent_rows, 0)
-        topk_weights = topk_weights.masked_fill(topk_ids >= self.num_experts, 0)
-        return Dispatched(rows, expert_tokens, _State(sorted_indices, topk_weights), absent_rows)
+    def dispatch(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        quantize: bool = False,
+    ) -> Dispatched:
+        """See :meth:`TokenDispatcher.dispatch`.
+
+        Raises:
+            ValueError: a gradient of rows that are to be quantized is asked for.
+        """
+        if quantize:
+            refuse_gradient(hidden_states)
+        rows, sorted_indices, expert_tokens, row_scale = ops.npu_moe_init_routing_v2(
+            hidden_states,
+            topk_ids.to(torch.int32),
+            expert_num=self.num_experts + self.has_absent_experts,
+            active_expert_range=[0, self.num_experts],
+            expert_tokens_num_type=1,
+            expert_tokens_num_flag=True,
+            quant_mode=1 if quantize else -1,
+        )  # [T * K, H], [T * K], [E], [T * K]
+        if self.has_absent_experts:
+            # Absent pairs have no row. In its gradient, combine writes a row for each pair, also of weight zero: give
+            # each one of its own from the end, which belongs to no expert
+            is_absent = sorted_indices < 0
+            own_row = rows.size(0) - is_absent.cumsum(0, dtype=torch.int32)
+            sorted_indices = torch.where(is_absent, own_row, sorted_indices)
+            topk_weights = topk_weights.masked_fill(is_absent.view_as(topk_weights), 0)
+        state = _State(sorted_indices, topk_weights)
+        return Dispatched(
+            QuantizedRows(rows, row_scale, hidden_states.dtype) if quantize else rows, expert_tokens, state
+        )
 
     def combine(self, expert_rows: torch.Tensor, state: _State) -> torch.Tensor:
         """See :meth:`TokenDispatcher.combine`."""

@@ -50,12 +50,11 @@ class SoftmaxTopKRouter(Router):
     def forward(self, hidden_states: torch.Tensor) -> RouterOutput:
         """Route tokens ``[T, H]``."""
         router_logits = F.linear(hidden_states, self.weight)  # [T, E]
-        # in float32 the operator rounds nothing before the weights are normalized
-        scores = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
-        topk_weights, topk_ids, _ = ops.npu_moe_gating_top_k_softmax(scores, k=self.top_k)  # [T, K]
-        if self.norm_topk_prob:
-            topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
-        return RouterOutput(router_logits, topk_weights.to(router_logits.dtype), topk_ids)
+        # the softmax of the k best logits is that of all logits, its k best values divided by their sum
+        topk_weights, topk_ids, _ = ops.npu_moe_gating_top_k_softmax_v2(
+            router_logits, k=self.top_k, renorm=int(self.norm_topk_prob)
+        )  # [T, K]
+        return RouterOutput(router_logits, topk_weights, topk_ids)
 
     def extra_repr(self) -> str:
         """The sizes."""

@@ -63,6 +63,11 @@ class W4A16(QuantScheme):
             torch.empty(*shape[:-1], groups, dtype=_scale_dtype(dtype), device=device),
         )
 
+    def prepare(self, quantized: QuantizedWeight) -> QuantizedWeight:
+        """See :meth:`QuantScheme.prepare`: the scale in the memory of ``[..., G, N]``, and an offset of zeros."""
+        scale = quantized.scale.detach().mT.contiguous().mT
+        return QuantizedWeight(quantized.weight, scale, torch.zeros_like(scale))
+
     def grouped_mm(
         self,
         x: torch.Tensor,
@@ -77,15 +82,16 @@ class W4A16(QuantScheme):
             ValueError: x is not half precision.
         """
         require_half(self.name, x)
-        scale = quantized.scale.to(x.dtype).mT  # [E, G, N]
+        # symmetric, but the kernel wants an offset
+        offset = torch.zeros_like(quantized.scale) if quantized.offset is None else quantized.offset
         if bias is not None:
             bias = bias.to(torch.float16 if x.dtype == torch.float16 else torch.float32)
         (y,) = ops.npu_grouped_matmul(
             [x],
             [quantized.weight.mT],
             bias=None if bias is None else [bias],
-            antiquant_scale=[scale],
-            antiquant_offset=[torch.zeros_like(scale)],  # symmetric, but the kernel wants an offset
+            antiquant_scale=[quantized.scale.to(x.dtype).mT],  # [E, G, N]
+            antiquant_offset=[offset.to(x.dtype).mT],
             group_list=expert_tokens,
             group_list_type=1,
             group_type=0,

@@ -9,7 +9,14 @@ import torch
 
 from moe_npu import ops
 from moe_npu.quant.functional import dequantize, quantize
-from moe_npu.quant.scheme import QuantizedWeight, QuantScheme, register_scheme, require_half
+from moe_npu.quant.scheme import (
+    QuantizedRows,
+    QuantizedWeight,
+    QuantScheme,
+    refuse_gradient,
+    register_scheme,
+    require_half,
+)
 
 
 def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,6 +36,7 @@ class W8A8(QuantScheme):
     name: ClassVar[str] = "w8a8"
     description: ClassVar[str] = "int8 weights per output channel, int8 activations per token, int8 arithmetic"
     passes_gradient: ClassVar[bool] = False
+    takes_quantized_rows: ClassVar[bool] = True
 
     @property
     def options(self) -> dict[str, Any]:
@@ -65,25 +73,52 @@ class W8A8(QuantScheme):
         Raises:
             ValueError: x is not half precision, or a gradient of x is asked for; a bias with float16 x.
         """
-        require_half(self.name, x)
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(
-                "w8a8 rounds its rows to int8, which has no gradient; run under torch.no_grad(), or use w4a16 to "
-                "train through quantized experts"
-            )
         if bias is not None and x.dtype == torch.float16:
             raise ValueError("w8a8 adds a bias to bfloat16 results only, but x is float16")
-        codes, token_scale = ops.npu_dynamic_quant(x)
-        (y,) = ops.npu_grouped_matmul(
-            [codes],
-            [quantized.weight.mT],
-            bias=None if bias is None else [bias.to(torch.bfloat16)],
-            scale=[quantized.scale.squeeze(-1).to(_scale_dtype(x.dtype))],
-            per_token_scale=[token_scale],
-            group_list=expert_tokens,
-            group_list_type=1,
-            group_type=0,
-            split_item=3,
-            output_dtype=x.dtype,
-        )
-        return y
+        return _multiply(_quantized(x), quantized, expert_tokens, x.dtype, bias)
+
+    def gated_mlp(
+        self,
+        x: torch.Tensor | QuantizedRows,
+        gate_up_proj: QuantizedWeight,
+        down_proj: QuantizedWeight,
+        expert_tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        """See :meth:`QuantScheme.gated_mlp`.
+
+        Raises:
+            ValueError: x is not half precision, or a gradient of x is asked for.
+        """
+        rows = x if isinstance(x, QuantizedRows) else _quantized(x)
+        dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
+        gate_up = _multiply(rows, gate_up_proj, expert_tokens, dtype)  # [R, 2I]
+        codes, scale = ops.npu_dequant_swiglu_quant(gate_up, activate_left=True, quant_mode=1)  # [R, I], [R]
+        return _multiply(QuantizedRows(codes, scale, dtype), down_proj, expert_tokens, dtype)
+
+
+def _quantized(x: torch.Tensor) -> QuantizedRows:
+    require_half(W8A8.name, x)
+    refuse_gradient(x)
+    return QuantizedRows(*ops.npu_dynamic_quant(x), x.dtype)
+
+
+def _multiply(
+    rows: QuantizedRows,
+    quantized: QuantizedWeight,
+    expert_tokens: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    (y,) = ops.npu_grouped_matmul(
+        [rows.codes],
+        [quantized.weight.mT],
+        bias=None if bias is None else [bias.to(torch.bfloat16)],
+        scale=[quantized.scale.squeeze(-1).to(_scale_dtype(dtype))],
+        per_token_scale=[rows.scale],
+        group_list=expert_tokens,
+        group_list_type=1,
+        group_type=0,
+        split_item=3,
+        output_dtype=dtype,
+    )
+    return y
