@@ -38,6 +38,12 @@ with torch.device("meta"):
     torch.empty(0)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if sim.is_active():  # what torch_npu's replacements of torch's own functions say
+        for message in ("TypedStorage is deprecated", "triton-ascend is not installed"):
+            config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     random.seed(0)

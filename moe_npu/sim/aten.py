@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from moe_npu.sim import tiles, trace
+from moe_npu.sim import distributed, tiles, trace
 from moe_npu.sim.descriptors import memory
 
 _SIGNED_64_BITS = 1 << 63
@@ -124,6 +124,7 @@ def _on_cpu(operator: torch._ops.OpOverload, compute: Callable[..., Any]) -> Cal
         target: torch.device | None = None  # an argument
         has_host_tensor = False
         tiled: list[Tensor] = []
+        distributed.wait_for_current_stream()
 
         def to_host(value: Any) -> Any:
             nonlocal device, target, has_host_tensor

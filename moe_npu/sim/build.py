@@ -19,10 +19,12 @@ from moe_npu.sim.kernels.table import C_TYPES
 
 _NATIVE = Path(__file__).with_name("native")
 _RUNTIME = "libmoe_npu_sim.so"
+_OBJECTS = ("runtime.o", "collectives.o", "operators.o")
 # the names under which torch_npu asks for CANN; all of them lead to the runtime above
 LIBRARIES = (
     "libascendcl.so",
     "libhccl.so",
+    "libhcomm.so",
     "libacl_op_compiler.so",
     "libge_runner.so",
     "libgraph.so",
@@ -90,7 +92,7 @@ def _build_into(folder: Path, npu: Path, cxx: str) -> None:
     (folder / "operators.cpp").write_text(_operators_source(npu / "lib" / "libtorch_npu.so"))
     defined = _defined_names(folder, cxx, torch_folder)
     (folder / "stubs.cpp").write_text(_stubs_source(npu, torch_folder, defined))
-    objects = ("runtime.o", "operators.o", "stubs.o")
+    objects = (*_OBJECTS, "stubs.o")
     _run(cxx, "-O1", "-fPIC", "-w", "-c", f"-I{_NATIVE}", "stubs.cpp", folder=folder)
     _run(
         cxx,
@@ -118,8 +120,9 @@ def _defined_names(folder: Path, cxx: str, torch_folder: Path) -> set[str]:
         cxx, *flags, "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={abi}", f"-isystem{torch_folder / 'include'}",
         str(_NATIVE / "runtime.cpp"), folder=folder,
     )  # fmt: skip
+    _run(cxx, *flags, "-std=c++20", str(_NATIVE / "collectives.cpp"), folder=folder)
     _run(cxx, *flags, "operators.cpp", folder=folder)
-    return _symbols("--defined-only", folder / "runtime.o") | _symbols("--defined-only", folder / "operators.o")
+    return set().union(*(_symbols("--defined-only", folder / name) for name in _OBJECTS))
 
 
 def _operators_source(library: Path) -> str:

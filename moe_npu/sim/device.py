@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from moe_npu.sim import aten, compat, graph, tiles, trace
+from moe_npu.sim import aten, compat, distributed, graph, tiles, trace
 from moe_npu.sim.build import LIBRARIES, build
 from moe_npu.sim.descriptors import Slot, read_arguments
 from moe_npu.sim.installation import SimulatorError, refuse_cann
@@ -47,8 +47,8 @@ def runtime() -> ctypes.CDLL:
 def activate(*, devices: int = 1, compat: bool = False, force: bool = False) -> None:
     """Give this process simulated devices and import torch_npu, which then finds an Ascend910B1.
 
-    Call it before anything else imports torch_npu. Where torch_npu is installed and CANN is not, torch itself can only be
-    imported with ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` in the environment, or by importing moe_npu first.
+    Call it before anything else imports torch_npu. Where torch_npu is installed and CANN is not, torch itself can only
+    be imported with ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` in the environment, or by importing moe_npu first.
 
     Args:
         devices: how many there are.
@@ -108,6 +108,7 @@ def connect() -> None:
         return
     _is_connected = True
     aten.install()
+    distributed.install(runtime())
     graph.install()
     if compat.is_requested():
         compat.install()
@@ -138,6 +139,7 @@ def _fail(outcome: int, kernel: Kernel, error: BaseException) -> int:
 
 def launch(kernel: Kernel, slots: Any) -> None:
     """Compute one operator on its arguments and store the results in the memory of its outputs."""
+    distributed.wait_for_current_stream()
     arguments = read_arguments(kernel, slots)
     inputs = {argument.name: value for argument, value in arguments if argument.is_passed}
     outputs = [(argument.name, value) for argument, value in arguments if argument.is_output]

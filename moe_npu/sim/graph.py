@@ -2,7 +2,8 @@
 
 Both come with torch_npu and do everything up to the optimized FX graph as on the device: configuration, decompositions,
 the split into forward and backward, fusion patterns. The last step is another one: instead of translating the graph for
-CANN's graph engine, or capturing it on the device, its operators are launched one after the other.
+CANN's graph engine, or capturing it on the device, its operators are launched one after the other. Hence nothing here
+shows that the graph engine has a counterpart of an operator, or that a graph can be captured.
 """
 
 from __future__ import annotations
@@ -126,5 +127,5 @@ def _run_operators(module: Any) -> Iterator[None]:
 
 
 def install() -> None:
-    """Make ``torchair``, ``npugraph_ex`` and the backends ``npu`` and ``npugraph_ex`` of ``torch.compile`` work."""
+    """Make ``torchair`` and ``npugraph_ex`` work once they are imported, and the backends that they provide."""
     sys.meta_path.insert(0, _Finder())

@@ -1,4 +1,4 @@
-"""FRACTAL_NZ: tensors whose last two axes lie in memory as tiles of 16 rows and some columns (spec: grouped matmul 0.9).
+"""FRACTAL_NZ: the last two axes of a tensor lie in memory as tiles of 16 rows (spec: grouped matmul 0.9).
 
 ``[..., W / c, H / 16, 16, c]`` holds what views and strides describe as contiguous ``[..., H, W]``; what fills up the
 last tiles is zero. No strides describe that, so a kernel computes on a copy.
@@ -89,7 +89,7 @@ def host_copy(tensor: Tensor) -> Tensor:
     block = (ctypes.c_uint8 * num_bytes).from_address(storage.data_ptr())
     block.owner = storage  # type: ignore[attr-defined]
     memory = torch.frombuffer(block, dtype=tensor.dtype).view(sizes[:count])
-    return decode(memory, tensor.shape, tensor.stride(), tensor.storage_offset())
+    return decode(memory, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 @functools.cache

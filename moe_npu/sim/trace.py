@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 # aclrtMemcpyKind
 _TO_DEVICE, _TO_HOST, _ON_DEVICE = 1, 2, 3
 _MEMCPY, _SYNCHRONIZE = 0, 1  # enum Event of runtime.cpp
-_OBSERVER = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_int, ctypes.c_uint64)
+_OBSERVER = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p)
 _HOST_READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -178,7 +178,7 @@ def _observe_synchronization() -> None:
         record.num_synchronizations += 1
 
 
-def _observe(event: int, kind: int, num_bytes: int) -> None:
+def _observe(event: int, kind: int, num_bytes: int, source: int | None, destination: int | None) -> None:
     if event == _SYNCHRONIZE:
         _observe_synchronization()
         return
@@ -190,8 +190,8 @@ def _observe(event: int, kind: int, num_bytes: int) -> None:
             record.num_copies_to_host += 1
             record.bytes_to_host += num_bytes
         elif kind == _ON_DEVICE:
-            region = (Region(0, num_bytes),)
-            record.launches.append(Launch("aclrtMemcpyAsync (device to device)", region, region))
+            read, written = Region(source or 0, num_bytes), Region(destination or 0, num_bytes)
+            record.launches.append(Launch("aclrtMemcpyAsync (device to device)", (read,), (written,)))
 
 
 _observer = _OBSERVER(_observe)

@@ -35,19 +35,32 @@ def is_on_device(sample: Sample) -> bool:
 SAMPLES_ON_DEVICE = [sample for sample in SAMPLES if is_on_device(sample)]
 
 
-def assert_same(results: list[Any], expected: list[Any]) -> None:
+# equal within the bounds of torch.testing, or by one code, not to the bit: samples and why
+ROUNDED_OTHERWISE = {
+    "grouped_mm_weight_grad-transposed": "the device gets its operands in another layout, which orders the sums anew",
+    "npu_weight_quant_batchmatmul-int8": "torch_npu makes words of quant_scale, which cut its mantissa to ten bits",
+}
+
+
+def assert_same(results: list[Any], expected: list[Any], *, exactly: bool = True) -> None:
     for result, wanted in zip(results, expected, strict=True):
         if not isinstance(wanted, Tensor):
             assert result == wanted
             continue
         assert result.device.type == "npu"
         assert result.stride() == wanted.stride()
-        assert_bits_equal(result.detach().cpu(), wanted.detach())
+        if exactly:
+            assert_bits_equal(result.detach().cpu(), wanted.detach())
+        elif wanted.is_floating_point():
+            torch.testing.assert_close(result.detach().cpu(), wanted.detach())
+        else:
+            torch.testing.assert_close(result.cpu(), wanted, rtol=0, atol=1)
 
 
 @over(SAMPLES_ON_DEVICE)
 def test_computes_the_same_as_on_cpu(sample: Sample) -> None:
-    assert_same(call(sample, to_npu(sample.make())), call(sample, sample.make()))
+    results, expected = call(sample, to_npu(sample.make())), call(sample, sample.make())
+    assert_same(results, expected, exactly=sample.name not in ROUNDED_OTHERWISE)
 
 
 @over([sample for sample in SAMPLES_ON_DEVICE if sample.differentiable])
@@ -63,4 +76,4 @@ def test_has_the_same_gradients_as_on_cpu(sample: Sample) -> None:
         generator = torch.Generator().manual_seed(1)
         grads = [move(torch.randn(result.shape, generator=generator).to(result.dtype)) for result in wanted]
         gradients.append(list(torch.autograd.grad(wanted, moved_leaves, grads, allow_unused=True)))
-    assert_same(*gradients)
+    assert_same(*gradients, exactly=sample.name not in ROUNDED_OTHERWISE)

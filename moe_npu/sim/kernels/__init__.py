@@ -1,6 +1,6 @@
 """The device kernels of the simulator, one file per family."""
 
-from moe_npu.sim.kernels import core, format, gating, matmul, permute, quantize, routing, swiglu
+from moe_npu.sim.kernels import core, distribute, format, gating, matmul, permute, quantize, routing, swiglu
 from moe_npu.sim.kernels.table import KERNELS, Argument, Kernel
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Argument",
     "Kernel",
     "core",
+    "distribute",
     "format",
     "gating",
     "matmul",

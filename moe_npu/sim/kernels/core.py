@@ -61,7 +61,7 @@ def _one_hot(x: Tensor, depth: int, on: Tensor, off: Tensor, axis: int) -> Tenso
     return torch.where(x.unsqueeze(-1) == torch.arange(depth), on, off)
 
 
-kernel("aclnnInplaceCopy", ">destination:T source:T", lambda source: source)
+kernel("aclnnInplaceCopy", ">>destination:T source:T", lambda destination, source: source.expand(destination.shape))
 kernel("aclnnCast", "self:T _dtype:e >out:T", lambda self: self)
 kernel("aclnnComplex", "real:T imag:T >out:T", torch.complex)
 kernel("aclnnMatmul", "input:T other:T >out:T _cube_math_type:e", torch.matmul)

@@ -54,9 +54,9 @@ def kernel(name: str, arguments: str, compute: Callable[..., Any]) -> None:
 
     Args:
         name: e.g. ``aclnnSwiGlu``.
-        arguments: ``name:letter`` of each argument in the order of the adapter's call, separated by spaces; ``>`` before
-            the name is an output, ``>>`` one that ``compute`` gets too, for its dtype or shape, ``=`` an input that is
-            changed in place. Example: ``"x:T dim:i >y:T"``.
+        arguments: ``name:letter`` of each argument in the order of the adapter's call, separated by spaces; ``>``
+            before the name is an output, ``>>`` one that ``compute`` gets too, for its dtype or shape, ``=`` an input
+            that is changed in place. Example: ``"x:T dim:i >y:T"``.
         compute: gets every argument that is not an output by its name; a name that starts with an underscore is left
             out. Returns what the outputs shall hold, one value or a tuple in the order of the outputs; ``None`` for an
             output that it leaves as it is. It writes the arguments that are changed in place itself.

@@ -31,15 +31,15 @@ constexpr uint64_t kDeviceMemory = 64ull << 30;  // an Ascend910B1 has 64 GB
 enum Event : int { kMemcpy = 0, kSynchronize = 1 };
 
 using RunOperator = int (*)(int operator_id, const Slot* slots, int num_slots);
-using Observe = void (*)(int event, int kind, uint64_t bytes);
+using Observe = void (*)(int event, int kind, uint64_t bytes, const void* from, const void* to);
 RunOperator run_operator = nullptr;
 std::atomic<Observe> observe{nullptr};
 thread_local std::string failure;
 
 enum Outcome : int { kDone = 0, kNotImplemented = 1 };
 
-void notify(Event event, int kind, uint64_t bytes) {
-  if (Observe callback = observe.load()) callback(event, kind, bytes);
+void notify(Event event, int kind, uint64_t bytes, const void* from = nullptr, const void* to = nullptr) {
+  if (Observe callback = observe.load()) callback(event, kind, bytes, from, to);
 }
 
 [[noreturn]] void raise(int outcome, const std::string& message) {
@@ -77,14 +77,14 @@ int release(void* pointer, std::unordered_map<void*, size_t>& blocks, bool is_de
 
 int copy(void* destination, size_t capacity, const void* source, size_t size, int kind) {
   if (size > capacity) return 107000;
-  notify(kMemcpy, kind, size);
+  notify(kMemcpy, kind, size, source, destination);
   std::memmove(destination, source, size);
   return kSuccess;
 }
 
 // ---- descriptors of arguments --------------------------------------------------------------------------------------
 
-enum Kind : int64_t { kTensor = 1, kTensorList, kIntArray, kFloatArray, kBoolArray, kScalar, kScalarList };
+enum Kind : int64_t { kTensor = 1, kTensorList, kIntArray, kFloatArray, kBoolArray, kScalar, kScalarList, kTensorDesc, kDataBuffer };
 
 struct Descriptor;
 std::mutex descriptors_lock;
@@ -125,6 +125,19 @@ struct Scalar : Descriptor {
   explicit Scalar(int dtype) : Descriptor(kScalar), dtype(dtype) {}
 };
 
+// of CANN's older interface
+struct TensorDesc : Descriptor {
+  int dtype, format;
+  std::vector<int64_t> shape, storage_shape;
+  TensorDesc(int dtype, int format, const std::vector<int64_t>& shape)
+      : Descriptor(kTensorDesc), dtype(dtype), format(format), shape(shape), storage_shape(shape) {}
+};
+
+struct DataBuffer : Descriptor {
+  void* data;
+  explicit DataBuffer(void* data) : Descriptor(kDataBuffer), data(data) {}
+};
+
 void retain(void* pointer) {
   if (pointer != nullptr) static_cast<Descriptor*>(pointer)->references++;
 }
@@ -138,6 +151,12 @@ void drop(const void* pointer) {
       return;
     case kScalar:
       delete static_cast<Scalar*>(descriptor);
+      return;
+    case kTensorDesc:
+      delete static_cast<TensorDesc*>(descriptor);
+      return;
+    case kDataBuffer:
+      delete static_cast<DataBuffer*>(descriptor);
       return;
     default:
       auto* array = static_cast<Array*>(descriptor);
@@ -230,6 +249,8 @@ int moe_npu_sim_launch(void* executor) {
   }
   return kSuccess;
 }
+
+void moe_npu_sim_raise(int outcome) { raise(outcome, failure); }
 
 void moe_npu_sim_unimplemented(const char* what) {
   abandon_descriptors();
@@ -324,26 +345,18 @@ int aclnnNpuFormatCastCalculateSizeAndFormat(const void* source, int format, int
 
 // ---- graph operators, launched one by one: CANN's older interface ----------------------------------------------------
 
-struct TensorDesc {
-  int dtype, format;
-  std::vector<int64_t> shape, storage_shape;
-};
-struct DataBuffer {
-  void* data;
-};
-
 void* aclCreateTensorDesc(int dtype, int dim, const int64_t* shape, int format) {
   const std::vector<int64_t> sizes(shape, shape + dim);
-  return new TensorDesc{dtype, format, sizes, sizes};
+  return new TensorDesc(dtype, format, sizes);
 }
 int aclSetTensorFormat(void* desc, int format) { return static_cast<TensorDesc*>(desc)->format = format, kSuccess; }
 int aclSetTensorShape(void* desc, int dim, const int64_t* shape) {
   static_cast<TensorDesc*>(desc)->storage_shape.assign(shape, shape + dim);
   return kSuccess;
 }
-void aclDestroyTensorDesc(const void* desc) { delete static_cast<const TensorDesc*>(desc); }
-void* aclCreateDataBuffer(void* data, size_t) { return new DataBuffer{data}; }
-int aclDestroyDataBuffer(const void* buffer) { return delete static_cast<const DataBuffer*>(buffer), kSuccess; }
+void aclDestroyTensorDesc(const void* desc) { drop(desc); }
+void* aclCreateDataBuffer(void* data, size_t) { return new DataBuffer(data); }
+int aclDestroyDataBuffer(const void* buffer) { return drop(buffer), kSuccess; }
 int aclopCompileAndExecute(const char* name, int num_inputs, const TensorDesc* const* inputs,
                            const DataBuffer* const* input_data, int num_outputs, const TensorDesc* const* outputs,
                            const DataBuffer* const* output_data, const void*, int, int, const char*, void*) {
@@ -405,17 +418,19 @@ int aclrtFreeHost(void* pointer) { return release(pointer, host_blocks, false); 
 int aclrtMemcpy(void* to, size_t capacity, const void* from, size_t size, int kind) {
   return copy(to, capacity, from, size, kind);
 }
-int aclrtMemcpyAsync(void* to, size_t capacity, const void* from, size_t size, int kind, void*) {
+int aclrtMemcpyAsync(void* to, size_t capacity, const void* from, size_t size, int kind, void* stream) {
+  moe_npu_sim_wait_for_stream(stream);
   return copy(to, capacity, from, size, kind);
 }
-int aclrtMemcpyAsyncWithCondition(void* to, size_t capacity, const void* from, size_t size, int kind, void*) {
-  return copy(to, capacity, from, size, kind);
+int aclrtMemcpyAsyncWithCondition(void* to, size_t capacity, const void* from, size_t size, int kind, void* stream) {
+  return aclrtMemcpyAsync(to, capacity, from, size, kind, stream);
 }
 int aclrtMemset(void* to, size_t capacity, int value, size_t size) {
   if (size > capacity) return 107000;
   return std::memset(to, value, size), kSuccess;
 }
-int aclrtMemsetAsync(void* to, size_t capacity, int value, size_t size, void*) {
+int aclrtMemsetAsync(void* to, size_t capacity, int value, size_t size, void* stream) {
+  moe_npu_sim_wait_for_stream(stream);
   return aclrtMemset(to, capacity, value, size);
 }
 int aclrtGetMemInfo(int, size_t* available, size_t* total) {
@@ -443,15 +458,19 @@ int aclrtCreateStreamWithConfig(void** stream, uint32_t, uint32_t) { return new_
 int aclrtCreateEvent(void** event) { return new_handle(event); }
 int aclrtCreateEventWithFlag(void** event, uint32_t) { return new_handle(event); }
 int aclrtCreateEventExWithFlag(void** event, uint32_t) { return new_handle(event); }
-int aclrtQueryEventStatus(void*, int* status) { return *status = 1, kSuccess; }  // complete
-int aclrtQueryEventWaitStatus(void*, int* status) { return *status = 1, kSuccess; }
-int aclrtStreamQuery(void*, int* status) { return *status = 0, kSuccess; }  // complete
+int aclrtQueryEventStatus(void* event, int* status) {
+  return *status = moe_npu_sim_is_event_complete(event) ? 1 : 0, kSuccess;
+}
+int aclrtQueryEventWaitStatus(void* event, int* status) { return aclrtQueryEventStatus(event, status); }
+int aclrtStreamQuery(void* stream, int* status) {
+  return *status = moe_npu_sim_is_stream_idle(stream) ? 0 : 1, kSuccess;
+}
 int aclrtEventElapsedTime(float* milliseconds, void*, void*) { return *milliseconds = 0, kSuccess; }
-int aclrtSynchronizeStream(void*) { return synchronize(); }
-int aclrtSynchronizeStreamWithTimeout(void*, int) { return synchronize(); }
-int aclrtSynchronizeDevice() { return synchronize(); }
-int aclrtSynchronizeDeviceWithTimeout(int) { return synchronize(); }
-int aclrtSynchronizeEvent(void*) { return synchronize(); }
+int aclrtSynchronizeStream(void* stream) { return moe_npu_sim_wait_for_stream(stream), synchronize(); }
+int aclrtSynchronizeStreamWithTimeout(void* stream, int) { return aclrtSynchronizeStream(stream); }
+int aclrtSynchronizeDevice() { return moe_npu_sim_wait_for_all(), synchronize(); }
+int aclrtSynchronizeDeviceWithTimeout(int) { return aclrtSynchronizeDevice(); }
+int aclrtSynchronizeEvent(void* event) { return moe_npu_sim_wait_for_event(event), synchronize(); }
 int aclrtGetCurrentContext(void** context) { return *context = reinterpret_cast<void*>(0x40), kSuccess; }
 int aclrtCreateContext(void** context, int) { return aclrtGetCurrentContext(context); }
 int aclrtGetRunMode(int* mode) { return *mode = 1, kSuccess; }  // host
