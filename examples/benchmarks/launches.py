@@ -180,6 +180,27 @@ def print_table(title: str, traces: list[tuple[Row, sim.Trace]]) -> None:
     Console(width=100).print(table)
 
 
+def measure_all(sizes: Sizes, *, num_tokens: int, only: str | None = None) -> list[Row]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(1, num_tokens, sizes.hidden_size, generator=generator).to("npu", torch.bfloat16)
+    layers: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+        "moe_npu bf16": (ours(sizes, None), True),
+        "moe_npu w8a8": (ours(sizes, "w8a8"), False),
+        "moe_npu w4a16": (ours(sizes, "w4a16"), True),
+        "hf moe_npu": (transformers_block(sizes, "moe_npu"), True),
+        "hf grouped_mm": (transformers_block(sizes, "grouped_mm"), True),
+        "hf eager": (transformers_block(sizes, "eager"), True),
+        "npu patch": (lambda: PatchedMoE(sizes), True),
+    }
+    if only is not None and only not in layers:
+        raise SystemExit(f"--detail must be one of {', '.join(map(repr, layers))}, but is {only!r}")
+    return [
+        measure(name, build, tokens, is_trained=is_trained)
+        for name, (build, is_trained) in layers.items()
+        if only in (None, name)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=64, help="rows of the input (default 64)")
@@ -189,25 +210,9 @@ def main() -> None:
     arguments = parser.parse_args()
     sim.activate()
     sizes = Sizes(*(getattr(arguments, name) for name in Sizes._fields))
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randn(1, arguments.tokens, sizes.hidden_size, generator=generator).to("npu", torch.bfloat16)
-    candidates: dict[str, tuple[Callable[[], nn.Module], bool]] = {
-        "moe_npu bf16": (ours(sizes, None), True),
-        "moe_npu w8a8": (ours(sizes, "w8a8"), False),
-        "moe_npu w4a16": (ours(sizes, "w4a16"), True),
-        "hf moe_npu": (transformers_block(sizes, "moe_npu"), True),
-        "hf grouped_mm": (transformers_block(sizes, "grouped_mm"), True),
-        "hf eager": (transformers_block(sizes, "eager"), True),
-        "npu patch": (lambda: PatchedMoE(sizes), True),
-    }
-    if arguments.detail and arguments.detail not in candidates:
-        parser.error(f"--detail must be one of {', '.join(map(repr, candidates))}, but is {arguments.detail!r}")
-    rows = []
-    for name, (build, is_trained) in candidates.items():
-        if arguments.detail in (None, name):
-            rows.append(measure(name, build, tokens, is_trained=is_trained))
     what = ", ".join(f"{name} {size}" for name, size in sizes._asdict().items())
     print(f"One MoE layer, router included: {arguments.tokens} tokens, {what}\n")
+    rows = measure_all(sizes, num_tokens=arguments.tokens, only=arguments.detail)
     print_table("forward", [(row, row.forward) for row in rows])
     print_table("forward + backward", [(row, row.training) for row in rows if row.training is not None])
     if arguments.detail:

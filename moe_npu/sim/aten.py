@@ -111,6 +111,11 @@ def _on_cpu(operator: torch._ops.OpOverload, compute: Callable[..., Any]) -> Cal
         if a.alias_info is not None and a.alias_info.is_write
         for alias in a.alias_info.before_set
     }
+    lists = [  # changed, and not returned
+        (index, a.name)
+        for index, a in enumerate(schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write and not a.alias_info.before_set
+    ]
     outputs = {a.name for a in schema.arguments if a.kwarg_only and a.alias_info is not None and a.alias_info.is_write}
     # which argument a result is
     returned = [
@@ -177,7 +182,8 @@ def _on_cpu(operator: torch._ops.OpOverload, compute: Callable[..., Any]) -> Cal
                 for source, result in zip(returned, results or (), strict=True)
             ]
         if trace.is_recording():
-            trace.record_aten(operator, (args, kwargs), final)
+            changed = [args[index] if index < len(args) else kwargs.get(name) for index, name in lists]
+            trace.record_aten(operator, (args, kwargs), [*final, *changed])
         return tuple(final) if len(final) > 1 else final[0] if final else None
 
     return kernel

@@ -137,7 +137,8 @@ class _Worker:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[futures.Future[None], _Work] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
 
     def submit(self, work: _Work) -> futures.Future[None]:
         future: futures.Future[None] = futures.Future()
@@ -147,6 +148,7 @@ class _Worker:
     def close(self) -> None:
         """End the thread after what has been submitted."""
         self._queue.put(None)
+        self._thread.join()
 
     def _work(self) -> None:
         while (task := self._queue.get()) is not None:
@@ -157,6 +159,7 @@ class _Worker:
                 future.set_exception(error)
             else:
                 future.set_result(None)
+            del task, future, work  # a group must not end in this thread
 
 
 def _enqueue(stream: int, worker: _Worker, work: _Work) -> futures.Future[None]:
@@ -529,14 +532,15 @@ def _barrier(comm: _Communicator) -> _Work:
     return comm.barrier
 
 
-def _send(comm: _Communicator, data: int, count: int, number: int, peer: int) -> _Work:
-    source = memory(data, count * _dtype(number).itemsize)
-    return lambda: comm.send(source.clone(), peer)
-
-
 def _receive(comm: _Communicator, data: int, count: int, number: int, peer: int) -> _Work:
     target = memory(data, count * _dtype(number).itemsize)
     return lambda: comm.receive(target, peer)
+
+
+def _send(handle: int, stream: int, data: int, count: int, number: int, peer: int) -> None:
+    # not after a receive that is under way on the stream: in a group of calls, this is the call that the peer waits for
+    wait_for_current_stream()
+    _communicators[handle].send(memory(data, count * _dtype(number).itemsize).clone(), peer)
 
 
 def _collective(prepare: Callable[..., _Work]) -> Callable[..., None]:
@@ -558,11 +562,12 @@ _FUNCTIONS: dict[str, Callable[..., None]] = {
     "init": _init,
     "destroy": _destroy,
     "name": _name,
+    "send": _send,
     **{
         prepare.__name__[1:]: _collective(prepare)
         for prepare in (
             *(_all_reduce, _reduce, _broadcast, _all_gather, _all_gather_v, _reduce_scatter, _reduce_scatter_v),
-            *(_scatter, _all_to_all, _all_to_all_v, _all_to_all_vc, _barrier, _send, _receive),
+            *(_scatter, _all_to_all, _all_to_all_v, _all_to_all_vc, _barrier, _receive),
         )
     },
 }

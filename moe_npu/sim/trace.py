@@ -56,7 +56,7 @@ class Launch(NamedTuple):
         return sum(region.num_bytes for region in self.writes)
 
 
-@dataclass
+@dataclass(eq=False)
 class Trace:
     """What happened inside ``with trace()``.
 
