@@ -60,7 +60,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_python_blocks_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.stem == "simulated_npu" and not sim.is_active():
-        pytest.skip("torch_npu is not installed; pip install --no-deps torch-npu==2.13.0 brings it")
+        pytest.skip("needs the simulated device, hence torch_npu: pip install --no-deps torch-npu==2.13.0")
     monkeypatch.chdir(tmp_path)
     blocks = BLOCK.findall(page.read_text())
     assert {language for language, _ in blocks} <= {"python", "text", "bash"}

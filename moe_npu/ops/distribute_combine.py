@@ -34,8 +34,9 @@ def _v1_cpu(*args: Any) -> torch.Tensor:
 
 def _v1_npu(*args: Any) -> torch.Tensor:
     call = _v1_call(args)
-    # the shape function of torch_npu does not know this argument, so it stays away where it is None
-    shared = {} if call.shared_expert_x is None else {"shared_expert_x": call.shared_expert_x}
+    if call.shared_expert_x is not None:
+        # torch_npu takes it and leaves it out of the sum
+        reject(f"{_V1}: shared_expert_x must be None on a device; {_V2} adds it")
     return torch.ops.npu.npu_moe_distribute_combine(
         call.expand_x,
         call.expert_ids,
@@ -55,7 +56,6 @@ def _v1_npu(*args: Any) -> torch.Tensor:
         shared_expert_rank_num=call.shared_expert_rank_num,
         global_bs=call.global_bs,
         comm_quant_mode=call.comm_quant_mode,
-        **shared,
     )
 
 
@@ -84,7 +84,7 @@ _v1_op = register_op(
     setup_context=_v1_setup_context,
     backward=_v1_backward,
     differentiable=("expand_x", "expert_scales", "shared_expert_x"),
-    cpu_gradient=("expand_x", "expert_scales"),
+    cpu_gradient=("expand_x", "expert_scales", "shared_expert_x"),
 )
 
 
@@ -208,7 +208,7 @@ def npu_moe_distribute_combine(
     As :func:`npu_moe_distribute_combine_v2`, without masks and without zero, copy and constant experts. The third
     argument is ``expand_idx`` of :func:`npu_moe_distribute_dispatch`, int32 ``[BS*K]`` or ``[BS, K]``.
     ``x_active_mask``, ``activation_scale``, ``weight_scale`` and ``group_list`` must be None, ``out_dtype`` and
-    ``group_list_type`` 0: they are reserved.
+    ``group_list_type`` 0: they are reserved. On a device ``shared_expert_x`` must be None.
     """
     op = _V1
     kernel.check_reserved(

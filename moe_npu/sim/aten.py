@@ -244,6 +244,8 @@ def _compute(operator: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
     results = operator(*tree_map(widen, args), **tree_map(widen, kwargs))
     for narrow, result in wide:
+        if result._version == 0:
+            continue  # only read
         if narrow.shape != result.shape:
             narrow.resize_(result.shape)
         narrow.copy_(result)

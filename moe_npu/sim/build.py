@@ -7,8 +7,10 @@ import importlib.metadata
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,15 +35,15 @@ LIBRARIES = (
     "libruntime.so",
     "libopapi.so",
 )
-# runtime functions that have nothing to do on a device that is always idle; all others that the simulator does not
-# define raise NotImplementedError when they are called
+# runtime functions that have nothing to do on a device that is always idle, computes in one way and fails at once; all
+# others that the simulator does not define raise NotImplementedError when they are called
 _IDLE = re.compile(
     r"acl(Init|Finalize|AppLog|SetCompileopt)$"
     r"|acl(rt|op|mdl|prof)?(Destroy|Finalize|FreePhysical|ReleaseMemAddress|UnmapMem)\w*$"
-    r"|aclrt(Set|Reset|Record|Unuse|UnSubscribe)\w*$|aclrtStreamWaitEvent$|aclrtDeviceEnablePeerAccess$"
-    r"|aclrt(GetLastError|PeekAtLastError|GetStreamOverflowSwitch|CtxSetSysParamOpt|CmoAsync|StreamGetId)$"
-    r"|HcclSetConfig$|Msprof\w+$|aclmdl(InitDump|SetDump)$|aclop(StartDumpArgs|StopDumpArgs|CreateAttr|SetAttr\w+)$"
-    r"|acl(Create|Set|Get)(TensorDesc|DataBuffer|Tensor)\w*$"
+    r"|aclrtSet(CurrentContext|Op\w+Time[Oo]ut\w*|Stream(Attribute|FailureMode|OverflowSwitch)|SysParamOpt)$"
+    r"|aclrt(Reset|Unuse|UnSubscribe)\w*$|aclrtDeviceEnablePeerAccess$"
+    r"|aclrt(GetLastError|PeekAtLastError|CtxSetSysParamOpt|CmoAsync)$"
+    r"|HcclSetConfig$|Msprof\w+$|aclop(CreateAttr|SetAttr\w+)$|aclSetTensor(DescName|PlaceMent)$"
     r"|_Z\w*D[012]Ev$"
 )
 
@@ -63,7 +65,7 @@ def build() -> Path:
     require_platform()
     npu, cxx = torch_npu_folder(), compiler()
     key = hashlib.sha256()  # the sources and the table stand for our version, and for changes between versions
-    for part in (torch.__version__, importlib.metadata.version("torch_npu"), str(npu), cxx):
+    for part in (torch.__version__, importlib.metadata.version("torch_npu"), str(npu), *cxx, str(C_TYPES)):
         key.update(part.encode() + b"\0")
     for source in (Path(__file__), *sorted(_NATIVE.iterdir())):
         key.update(source.read_bytes())
@@ -71,9 +73,13 @@ def build() -> Path:
         key.update(f"{kernel.name} {kernel.signature}\n".encode())
     folder = cache_folder() / key.hexdigest()[:16]
     if folder.is_dir():
+        _require_own(folder)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise SimulatorError(f"cannot keep libraries in {folder.parent} ({error}); set MOE_NPU_SIM_CACHE") from None
     try:
         _build_into(scratch, npu, cxx)
         scratch.chmod(0o755)
@@ -84,44 +90,46 @@ def build() -> Path:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    _require_own(folder)
     return folder
 
 
-def _build_into(folder: Path, npu: Path, cxx: str) -> None:
+def _require_own(folder: Path) -> None:
+    """Load nothing that another user could have put there."""
+    status = folder.stat()
+    if status.st_uid not in (os.getuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise SimulatorError(f"{folder} belongs to another user, or others may write to it; set MOE_NPU_SIM_CACHE")
+
+
+def _build_into(folder: Path, npu: Path, cxx: Sequence[str]) -> None:
     torch_folder = Path(torch.__file__).parent
     (folder / "operators.cpp").write_text(_operators_source(npu / "lib" / "libtorch_npu.so"))
     defined = _defined_names(folder, cxx, torch_folder)
     (folder / "stubs.cpp").write_text(_stubs_source(npu, torch_folder, defined))
     objects = (*_OBJECTS, "stubs.o")
-    _run(cxx, "-O1", "-fPIC", "-w", "-c", f"-I{_NATIVE}", "stubs.cpp", folder=folder)
+    _run(*cxx, "-O1", "-fPIC", "-w", "-c", f"-I{_NATIVE}", "stubs.cpp", folder=folder)
     _run(
-        cxx,
-        "-shared",
-        "-o",
-        _RUNTIME,
-        f"-Wl,-soname,{_RUNTIME}",
-        *objects,
-        f"-L{torch_folder / 'lib'}",
-        "-lc10",
-        folder=folder,
-    )
+        *cxx, "-shared", "-o", _RUNTIME, f"-Wl,-soname,{_RUNTIME}", *objects,
+        f"-L{torch_folder / 'lib'}", "-lc10", folder=folder,
+    )  # fmt: skip
     (folder / "empty.cpp").write_text("")
     for library in LIBRARIES:
         _run(
-            cxx, "-shared", "-o", library, f"-Wl,-soname,{library}", "-Wl,--no-as-needed", "empty.cpp",
+            *cxx, "-shared", "-o", library, f"-Wl,-soname,{library}", "-Wl,--no-as-needed", "empty.cpp",
             "-L.", f"-l:{_RUNTIME}", "-Wl,-rpath,$ORIGIN", folder=folder,
         )  # fmt: skip
 
 
-def _defined_names(folder: Path, cxx: str, torch_folder: Path) -> set[str]:
-    flags = ("-O1", "-fPIC", "-Wall", "-Werror", "-c", f"-I{_NATIVE}")
+def _defined_names(folder: Path, cxx: Sequence[str], torch_folder: Path) -> set[str]:
+    """Compile everything but the stubs; returns what that defines."""
+    flags = ("-O1", "-fPIC", "-c", f"-I{_NATIVE}")
     abi = int(torch.compiled_with_cxx11_abi())
     _run(
-        cxx, *flags, "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={abi}", f"-isystem{torch_folder / 'include'}",
+        *cxx, *flags, "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={abi}", f"-isystem{torch_folder / 'include'}",
         str(_NATIVE / "runtime.cpp"), folder=folder,
     )  # fmt: skip
-    _run(cxx, *flags, "-std=c++20", str(_NATIVE / "collectives.cpp"), folder=folder)
-    _run(cxx, *flags, "operators.cpp", folder=folder)
+    _run(*cxx, *flags, "-std=c++20", str(_NATIVE / "collectives.cpp"), folder=folder)
+    _run(*cxx, *flags, "-std=c++20", "operators.cpp", folder=folder)
     return set().union(*(_symbols("--defined-only", folder / name) for name in _OBJECTS))
 
 
@@ -190,17 +198,19 @@ def _stubs_source(npu: Path, torch_folder: Path, defined: set[str]) -> str:
 
 
 def _system_libraries(library: Path) -> list[Path]:
-    output = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
+    output = _run("ldd", str(library), folder=library.parent)
     return [Path(path) for path in re.findall(r"(?:=> |^\s*)(/\S+) \(", output, re.M)]
 
 
 def _symbols(which: str, library: Path) -> set[str]:
     dynamic = ["-D"] if ".so" in library.name else []
-    output = subprocess.run(["nm", *dynamic, which, str(library)], capture_output=True, text=True, check=True).stdout
+    output = _run("nm", *dynamic, which, str(library), folder=library.parent)
     return {line.split()[-1].partition("@")[0] for line in output.splitlines() if line.strip()}
 
 
-def _run(*command: str, folder: Path) -> None:
+def _run(*command: str, folder: Path) -> str:
+    """What a program prints."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SimulatorError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
+    return done.stdout

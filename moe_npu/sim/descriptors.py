@@ -106,8 +106,10 @@ def _tensor(address: int | None) -> Tensor | None:
         dtype = DTYPES[descriptor.dtype]
     else:
         raise NotImplementedError(f"tensors of aclDataType {descriptor.dtype} are not implemented")
-    if not descriptor.data or 0 in shape:
+    if 0 in shape:
         return torch.empty(shape, dtype=dtype)
+    if not descriptor.data:
+        raise ValueError(f"a tensor of shape {shape} has no memory")
     if descriptor.format in tiles.FORMATS:
         if offset != 0 and tiles.is_padded(shape, strides, storage_shape):  # what a device reads there is not defined
             raise NotImplementedError("operators on views with an offset into a tensor in FRACTAL_NZ with padding")
@@ -145,6 +147,8 @@ def _scalar(address: int | None) -> Any:
     if not address:
         return None
     descriptor = _Scalar.from_address(address)
+    if descriptor.dtype not in DTYPES:
+        raise NotImplementedError(f"scalars of aclDataType {descriptor.dtype} are not implemented")
     return torch.frombuffer(bytearray(descriptor.value), dtype=DTYPES[descriptor.dtype])[0].item()
 
 

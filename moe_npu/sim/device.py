@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -20,8 +21,8 @@ from moe_npu.sim.descriptors import Slot, read_arguments
 from moe_npu.sim.installation import SimulatorError, refuse_cann
 from moe_npu.sim.kernels import KERNELS, Kernel
 
-_OK, _NOT_IMPLEMENTED, _FAILED = 0, 1, 2
-_RUN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(Slot), ctypes.c_int)
+_OK, _NOT_IMPLEMENTED, _FAILED, _INTERRUPTED = 0, 1, 2, 3  # enum Outcome of runtime.cpp
+_RUN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(Slot))
 _kernels = list(KERNELS.values())
 _runtime: ctypes.CDLL | None = None
 _libraries: list[ctypes.CDLL] = []
@@ -56,10 +57,13 @@ def activate(*, devices: int = 1, compat: bool = False, force: bool = False) -> 
         force: simulate a device although CANN is installed.
 
     Raises:
-        SimulatorError: torch_npu or a compiler is missing, the platform is not supported, CANN is installed, or
-            torch_npu is imported already.
+        SimulatorError: torch_npu or a compiler is missing, the platform is not supported, CANN is installed,
+            torch_npu is imported already, or this process has fewer simulated devices already.
     """
     if is_active():
+        number = torch.npu.device_count()  # type: ignore[attr-defined]
+        if devices > number:
+            raise SimulatorError(f"this process has {number} simulated device(s) already and cannot get {devices}")
         return
     if "torch_npu" in sys.modules:
         raise SimulatorError("torch_npu is imported already; activate the simulated device before it")
@@ -94,11 +98,14 @@ def load() -> None:
 @contextlib.contextmanager
 def quiet_import() -> Iterator[None]:
     """Leave out what torch_npu prints about the environment of CANN while it is imported."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        yield
-    for line in said.getvalue().splitlines():
-        if "ASCEND_HOME_PATH" not in line:
-            print(line)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    finally:
+        for line in said.getvalue().splitlines():
+            if "ASCEND_HOME_PATH" not in line:
+                print(line)
 
 
 def connect() -> None:
@@ -114,14 +121,14 @@ def connect() -> None:
         compat.install()
 
 
-def _run(operator_id: int, slots: Any, _: int) -> int:
+def _run(operator_id: int, slots: Any) -> int:
     kernel = _kernels[operator_id]
     try:
         launch(kernel, slots)
     except NotImplementedError as error:
         return _fail(_NOT_IMPLEMENTED, kernel, error)
     except BaseException as error:
-        return _fail(_FAILED, kernel, error)
+        return _fail(_INTERRUPTED if isinstance(error, KeyboardInterrupt) else _FAILED, kernel, error)
     return _OK
 
 
@@ -148,8 +155,11 @@ def launch(kernel: Kernel, slots: Any) -> None:
         written = [value for argument, value in arguments if argument.is_output or argument.is_changed]
         trace.record_launch(
             kernel.name,
-            _tensors([value for argument, value in arguments if argument.is_passed and not argument.is_output]),
-            _tensors(written),
+            map(
+                tiles.stored,
+                _tensors([v for argument, v in arguments if argument.is_passed and not argument.is_output]),
+            ),
+            map(tiles.stored, _tensors(written)),
         )
     if outputs:
         if not isinstance(results, tuple):
@@ -167,15 +177,26 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _store(name: str, output: Any, result: Any) -> None:
-    if output is None or result is None:
+    if output is None:
+        return
+    if result is None:  # the device leaves it unwritten, and whoever uses it shall notice
+        for part in _tensors(output):
+            part.fill_(
+                float("nan")
+                if part.is_floating_point()
+                else 1
+                if part.dtype == torch.bool
+                else torch.iinfo(part.dtype).min
+            )
         return
     if isinstance(output, list):
         for i, (part, value) in enumerate(zip(output, result, strict=True)):
             _store(f"{name}[{i}]", part, value)
         return
     assert isinstance(output, Tensor)
-    if output.shape != result.shape:
+    if (output.shape, output.dtype) != (result.shape, result.dtype):
         raise AssertionError(
-            f"output {name} was allocated as {list(output.shape)}, but the kernel computes {list(result.shape)}"
+            f"output {name} was allocated as {list(output.shape)} of {output.dtype}, but the kernel computes "
+            f"{list(result.shape)} of {result.dtype}"
         )
     output.copy_(result)

@@ -11,6 +11,7 @@ rounded once, so all ranks get the same bits.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import itertools
 import os
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d as c10d
 
 from moe_npu.sim.descriptors import memory
@@ -68,7 +70,7 @@ _REDUCED_IN = {
 _runtime: ctypes.CDLL | None = None
 _handles = itertools.count(64, 64)
 _communicators: dict[int, _Communicator] = {}
-_stores: dict[str, dist.TCPStore] = {}  # of the communicators whose first rank this process is, by name
+_stores: dict[str, TCPStore] = {}  # of the communicators whose first rank this process is, by name
 _lock = threading.Lock()
 _streams: dict[int, list[futures.Future[None]]] = {}  # what is under way on each, or has failed
 _events: dict[int, tuple[futures.Future[None], ...]] = {}  # what had been under way when each was recorded
@@ -168,7 +170,12 @@ def _enqueue(stream: int, worker: _Worker, work: _Work) -> futures.Future[None]:
     with _lock:
         under_way = _streams.setdefault(stream, [])
         earlier = tuple(under_way)
-        future = worker.submit(lambda: _wait(earlier) or work())
+
+        def work_in_order() -> None:
+            _wait(earlier)
+            work()
+
+        future = worker.submit(work_in_order)
         under_way.append(future)
     _runtime.moe_npu_sim_add_unfinished(1)
     future.add_done_callback(lambda done: _leave(stream, done))
@@ -244,8 +251,8 @@ def _seconds(variable: str, default: int) -> timedelta:
     return timedelta(seconds=int(os.environ.get(variable) or default))
 
 
-def _gloo(store: dist.Store, rank: int, size: int) -> Any:
-    options = dist.ProcessGroupGloo._Options()
+def _gloo(store: Store, rank: int, size: int) -> Any:
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=_LOOPBACK)]
     options._timeout = _seconds("HCCL_EXEC_TIMEOUT", 1836)
     return dist.ProcessGroupGloo(store, rank, size, options)
@@ -254,12 +261,12 @@ def _gloo(store: dist.Store, rank: int, size: int) -> Any:
 class _Communicator:
     """The ranks of one HCCL communicator."""
 
-    def __init__(self, name: str, store: dist.Store, rank: int, size: int) -> None:
+    def __init__(self, name: str, store: Store, rank: int, size: int) -> None:
         self.name = name
         self.rank = rank
         self.size = size
         self._store = store
-        self._gloo = _gloo(dist.PrefixStore("collectives", store), rank, size)
+        self._gloo = _gloo(PrefixStore("collectives", store), rank, size)
         self._worker = _Worker()
         self._senders: dict[int, tuple[_Worker, list[futures.Future[None]]]] = {}
         self._started: list[tuple[int, futures.Future[None]]] = []
@@ -303,7 +310,7 @@ class _Communicator:
     def process_group(self) -> str:
         """The name of a torch.distributed group of its ranks on CPU, for operators that communicate by themselves."""
         if self._process_group is None:
-            store = dist.PrefixStore("operators", self._store)
+            store = PrefixStore("operators", self._store)
             backend = _gloo(store, self.rank, self.size)
             group = dist.ProcessGroup(store, self.rank, self.size)
             group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
@@ -332,15 +339,13 @@ class _Communicator:
                 _forget(stream, future)
         if self._process_group is not None:
             c10d._world.pg_map.pop(self._process_group, None)
-            try:
+            with contextlib.suppress(RuntimeError):  # it goes with the default group
                 c10d._unregister_process_group(self.name)  # type: ignore[attr-defined, arg-type]
-            except RuntimeError:
-                pass  # with the default group
 
 
 def _root_info(info: int) -> None:
     name = f"{_LOOPBACK}%lo_{os.getpid()}_{secrets.token_hex(8)}"
-    store = dist.TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    store = TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False)
     _stores[name] = store
     text = f"{store.port} {name}".encode() + b"\0"
     ctypes.memmove(info, text, len(text))
@@ -348,7 +353,7 @@ def _root_info(info: int) -> None:
 
 def _init(size: int, info: int, rank: int, chosen_name: int, result: int) -> None:
     port, _, name = ctypes.string_at(info).decode().partition(" ")
-    store = _stores.pop(name, None) or dist.TCPStore(
+    store = _stores.pop(name, None) or TCPStore(
         _LOOPBACK, int(port), is_master=False, timeout=_seconds("HCCL_CONNECT_TIMEOUT", 120)
     )
     store.set_timeout(_seconds("HCCL_CONNECT_TIMEOUT", 120))

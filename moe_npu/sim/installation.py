@@ -6,7 +6,9 @@ import ctypes.util
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 _CANN_LIBRARIES = ("libascendcl.so", "libhccl.so")
@@ -38,17 +40,17 @@ def torch_npu_folder() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def compiler() -> str:
-    """The C++ compiler: ``$CXX``, or ``g++``.
+def compiler() -> list[str]:
+    """The C++ compiler and its first arguments: ``$CXX``, or ``g++``.
 
     Raises:
         SimulatorError: there is none, or no binutils.
     """
-    name = os.environ.get("CXX", "g++")
-    for program in (name, "nm", "ldd"):
+    command = shlex.split(os.environ.get("CXX") or "g++")
+    for program in (command[0], "nm", "ldd"):
         if shutil.which(program) is None:
             raise SimulatorError(f"{program} is not installed; apt-get install g++ binutils libc-bin brings it")
-    return str(shutil.which(name))
+    return [str(shutil.which(command[0])), *command[1:]]
 
 
 def find_cann() -> Path | None:
@@ -61,13 +63,18 @@ def find_cann() -> Path | None:
     return None if found is None else Path(found)
 
 
+def is_forced(variables: Mapping[str, str] = os.environ) -> bool:
+    """Whether these environment variables ask for a simulated device although CANN is installed."""
+    return variables.get("MOE_NPU_SIM_FORCE", "") not in ("", "0")
+
+
 def refuse_cann() -> None:
     """Keep away from a real NPU.
 
     Raises:
-        SimulatorError: CANN is on the library path, and ``MOE_NPU_SIM_FORCE`` is not 1.
+        SimulatorError: CANN is on the library path, and ``MOE_NPU_SIM_FORCE`` is not set.
     """
-    cann = None if os.environ.get("MOE_NPU_SIM_FORCE") == "1" else find_cann()
+    cann = None if is_forced() else find_cann()
     if cann is not None:
         raise SimulatorError(
             f"CANN is installed here ({cann}), so programs run on its NPU; "

@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from moe_npu.sim.build import build
-from moe_npu.sim.installation import SimulatorError, compiler, find_cann, refuse_cann, torch_npu_folder
+from moe_npu.sim.installation import SimulatorError, compiler, find_cann, is_forced, refuse_cann, torch_npu_folder
 
 _SITE = Path(__file__).with_name("site")
 _SMOKE_TEST = """
@@ -41,13 +41,12 @@ def environment(*, devices: int = 1, compat: bool = False, force: bool = False) 
 
     Args:
         devices: how many.
-        compat: accept calls written for earlier releases of torch_npu.
-        force: whether to ignore an installation of CANN.
+        compat: accept calls written for earlier releases of torch_npu, as ``MOE_NPU_SIM_COMPAT=1`` does.
+        force: simulate a device although CANN is installed, as ``MOE_NPU_SIM_FORCE=1`` does.
     """
     variables = dict(os.environ)
     variables.update(MOE_NPU_SIM="1", MOE_NPU_SIM_DEVICES=str(devices), TASK_QUEUE_ENABLE="0")
     for name, is_set in (("MOE_NPU_SIM_COMPAT", compat), ("MOE_NPU_SIM_FORCE", force)):
-        variables.pop(name, None)
         if is_set:
             variables[name] = "1"
     # torch may import torch_npu by itself again: it succeeds there
@@ -63,7 +62,7 @@ def run(arguments: Sequence[str], variables: Mapping[str, str]) -> NoReturn:
         SimulatorError: torch_npu or a compiler is missing, the platform is not supported, or
             CANN is installed.
     """
-    if "MOE_NPU_SIM_FORCE" not in variables:
+    if not is_forced(variables):
         refuse_cann()
     build()
     sys.stdout.flush()
@@ -78,10 +77,11 @@ def check(variables: Mapping[str, str]) -> list[Finding]:
         Finding("torch", torch.__version__, True),
     ]
     findings.append(_look("torch_npu", lambda: f"{importlib.metadata.version('torch_npu')} in {torch_npu_folder()}"))
-    findings.append(_look("compiler", compiler))
+    findings.append(_look("compiler", lambda: " ".join(compiler())))
     findings.append(_look("stand-ins for CANN", lambda: str(build())))
     cann = find_cann()
-    findings.append(Finding("CANN", f"{cann}: not to be replaced" if cann else "not on the library path", cann is None))
+    value = "not on the library path" if cann is None else f"{cann}: not to be replaced without --force"
+    findings.append(Finding("CANN", value, cann is None or is_forced(variables)))
     if not all(finding.is_fine for finding in findings):
         return [*findings, Finding("smoke test", "not run", False)]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""FRACTAL_NZ: the last two axes of a tensor lie in memory as tiles of 16 rows (spec: grouped matmul 0.9).
+"""FRACTAL_NZ: the last two axes of a tensor lie in memory as tiles of 16 rows.
 
 ``[..., W / c, H / 16, 16, c]`` holds what views and strides describe as contiguous ``[..., H, W]``; what fills up the
 last tiles is zero. No strides describe that, so a kernel computes on a copy.
@@ -84,6 +84,8 @@ def host_copy(tensor: Tensor) -> Tensor:
     """A tensor of the device in tiles as a CPU tensor, as :func:`decode` makes it of a descriptor."""
     sizes = (ctypes.c_int64 * 16)()
     count = _runtime().moe_npu_sim_storage_sizes(_storage_sizes(), ctypes.c_void_p(tensor._cdata), sizes)
+    if count < 0:
+        raise NotImplementedError(f"tensors with more than {len(sizes)} dimensions in memory are not implemented")
     storage = tensor.untyped_storage()
     num_bytes = math.prod(sizes[:count]) * tensor.dtype.itemsize
     block = (ctypes.c_uint8 * num_bytes).from_address(storage.data_ptr())
@@ -123,3 +125,9 @@ def encode(tensor: Tensor) -> None:
     """Write a tensor of :func:`decode` back after it was changed; nothing to do for any other."""
     if hasattr(tensor, _ORIGIN):
         tile(*getattr(tensor, _ORIGIN))
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """The memory of the device that a tensor of :func:`decode` was read from; any other tensor itself."""
+    memory: Tensor = getattr(tensor, _ORIGIN, (tensor,))[0]
+    return memory

@@ -44,7 +44,7 @@ def call_by_group(world: World, operator: str, group: str, argument: str, option
 
 def _experts_multiply(rows: Tensor, counts: Tensor, first: int) -> Tensor:
     """Expert e multiplies by e + 1; `first` is the first expert here."""
-    factors = torch.arange(first, first + counts.numel()).repeat_interleave(counts) + 1
+    factors = torch.arange(first, first + counts.numel(), device=counts.device).repeat_interleave(counts) + 1
     out = torch.full_like(rows, float("nan"))
     out[: factors.numel()] = rows[: factors.numel()] * factors.unsqueeze(1).to(rows.dtype)
     return out
@@ -110,7 +110,7 @@ def layer_gradients(
     ids = kept.pop("expert_ids")
     y = combine(results, ids, handle, counts, weights, **kept, **leaves, **place)
     wrt = [x, weights, weight, *leaves.values()]
-    loss = (y.square() * torch.linspace(-1, 2, y.numel()).view(y.shape).to(y.dtype)).sum()
+    loss = (y.square() * torch.linspace(-1, 2, y.numel()).view(y.shape).to(y)).sum()
     grads = torch.autograd.grad(loss, wrt, create_graph=True, allow_unused=True, materialize_grads=True)
     # and once more, of a function of all the gradients
     again = sum((grad.square()).sum() for grad in grads)
@@ -127,7 +127,7 @@ def exchange_gradients(world: World, group: str, size: int, options: Options, ba
     hidden, _, rows = ops.npu_alltoallv_gmm(**options, permute_out_flag=True, **place)
     counts = {"send_counts": options["recv_counts"], "recv_counts": options["send_counts"]}
     y, _ = ops.npu_gmm_alltoallv(hidden.square(), wrt[2], **counts, **place, trans_gmm_weight=back["trans_gmm_weight"])
-    loss = (y.square() * torch.linspace(-1, 2, y.numel()).view(y.shape).to(y.dtype)).sum() + rows.pow(3).sum()
+    loss = (y.square() * torch.linspace(-1, 2, y.numel()).view(y.shape).to(y)).sum() + rows.pow(3).sum()
     grads = torch.autograd.grad(loss, wrt, create_graph=True)
     second = torch.autograd.grad(sum(grad.square().sum() for grad in grads), wrt)
     return [tensor.detach() for tensor in (y, rows, *grads, *second)]

@@ -69,7 +69,9 @@ Job = Callable[..., Any]
 class Pool:
     """Workers that run the same job at the same time. The first error ends the wait for the others, and the pool."""
 
-    def __init__(self) -> None:
+    def __init__(self, join: Callable[[int, str], World] | None = None) -> None:
+        """``join`` makes the groups in a worker, from its rank and a path for their store."""
+        self._join = join or join_gloo
         self._workers: list[Any] = []
         self._pipes: list[Connection] = []
         self._folder: str | None = None
@@ -113,7 +115,9 @@ class Pool:
         self._folder = tempfile.mkdtemp()
         for rank in range(NUM_WORKERS):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_serve, args=(rank, f"{self._folder}/store", theirs), daemon=True)
+            worker = context.Process(
+                target=_serve, args=(self._join, rank, f"{self._folder}/store", theirs), daemon=True
+            )
             worker.start()
             theirs.close()
             self._workers.append(worker)
@@ -140,8 +144,8 @@ class Pool:
         self._workers, self._pipes, self._folder = [], [], None
 
 
-def _serve(rank: int, store: str, pipe: Connection) -> None:
-    torch.set_num_threads(1)
+def join_gloo(rank: int, store: str) -> World:
+    """Groups on CPU."""
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_WORKERS, timeout=GROUP_TIMEOUT
     )
@@ -151,6 +155,12 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
         group = dist.new_group(list(ranks), timeout=GROUP_TIMEOUT)
         if rank in ranks:
             groups[name] = group.group_name
+    return World(rank, groups)
+
+
+def _serve(join: Callable[[int, str], World], rank: int, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    world = join(rank, store)
     while True:
         try:
             job, arguments = pickle.loads(pipe.recv_bytes())
@@ -158,7 +168,7 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
             return
         torch.manual_seed(0)
         try:
-            answer = (True, job(World(rank, groups), *arguments))
+            answer = (True, job(world, *arguments))
         except BaseException:
             answer = (False, traceback.format_exc())
         pipe.send_bytes(pickle.dumps(answer))

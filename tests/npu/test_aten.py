@@ -220,6 +220,11 @@ def test_matmuls_with_float32_results() -> None:
     assert_same(result, torch.baddbmm(bias[None], a[None].float(), b[None].float()))
 
 
+def test_inputs_are_only_read_where_the_cpu_has_no_kernel_of_their_precision() -> None:
+    x = torch.ones(1).half().npu().expand(4, 4)  # which cannot be written
+    assert torch.linalg.svdvals(x)[0].item() == pytest.approx(4)
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 

@@ -86,6 +86,24 @@ class TestRefusals:
             build.build()
         assert list((tmp_path / "cache").iterdir()) == []
 
+    def test_a_cache_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not HAS_TORCH_NPU:
+            pytest.skip("torch_npu is not installed")
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("MOE_NPU_SIM_CACHE", str(tmp_path / "file"))
+        with pytest.raises(SimulatorError, match=r"cannot keep libraries in .*; set MOE_NPU_SIM_CACHE"):
+            build.build()
+
+    def test_libraries_that_others_could_have_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not HAS_TORCH_NPU:
+            pytest.skip("torch_npu is not installed")
+        folder = build.build()
+        monkeypatch.setenv("MOE_NPU_SIM_CACHE", str(tmp_path))
+        (tmp_path / folder.name).mkdir()
+        (tmp_path / folder.name).chmod(0o777)
+        with pytest.raises(SimulatorError, match="others may write to it"):
+            build.build()
+
 
 class TestPrograms:
     pytestmark = on_device
@@ -124,6 +142,15 @@ class TestPrograms:
         assert done.stdout == "2.0\n"
         assert "ImportError: libhccl.so" in done.stderr
 
+    @pytest.mark.parametrize("how", ["option", "variable"])
+    def test_cann_is_replaced_by_force(self, how: str, tmp_path: Path) -> None:
+        (tmp_path / "libascendcl.so").touch()
+        options, variables = (["--force"], {}) if how == "option" else ([], {"MOE_NPU_SIM_FORCE": "1"})
+        variables["LD_LIBRARY_PATH"] = str(tmp_path)
+        done = sim(*options, "-c", "import torch; print(torch.ones(1, device='npu').item())", **variables)
+        assert done.stdout == "1.0\n", done.stderr
+        assert sim(*options, "--check", **variables).returncode == 0
+
     def test_check(self) -> None:
         done = sim("--check")
         assert done.returncode == 0, done.stdout
@@ -132,7 +159,12 @@ class TestPrograms:
 
     def test_two_processes_build_at_once(self, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "moe_npu.sim", "-c", "import torch; print(torch.ones(1, device='npu').item())"]
-        variables = {**plain_environment(), "MOE_NPU_SIM_CACHE": str(tmp_path)}
+        # and the sources give no warnings
+        variables = {
+            **plain_environment(),
+            "MOE_NPU_SIM_CACHE": str(tmp_path),
+            "CXX": f"{os.environ.get('CXX', 'g++')} -Wall -Wextra -Werror",
+        }
         running = [subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         assert [process.communicate(timeout=300)[0] for process in running] == ["1.0\n", "1.0\n"]
         assert len(list(tmp_path.iterdir())) == 1  # one version, no scratch folder

@@ -61,8 +61,10 @@ def _one_hot(x: Tensor, depth: int, on: Tensor, off: Tensor, axis: int) -> Tenso
     return torch.where(x.unsqueeze(-1) == torch.arange(depth), on, off)
 
 
-kernel("aclnnInplaceCopy", ">>destination:T source:T", lambda destination, source: source.expand(destination.shape))
-kernel("aclnnCast", "self:T _dtype:e >out:T", lambda self: self)
+kernel("aclnnInplaceCopy", ">>destination:T source:T", lambda destination, source: (
+    source.to(destination.dtype).expand(destination.shape)
+))  # fmt: skip
+kernel("aclnnCast", "self:T _dtype:e >>out:T", lambda self, out: self.to(out.dtype))
 kernel("aclnnComplex", "real:T imag:T >out:T", torch.complex)
 kernel("aclnnMatmul", "input:T other:T >out:T _cube_math_type:e", torch.matmul)
 kernel("aclnnMm", "input:T mat2:T >out:T _cube_math_type:e", torch.mm)
@@ -111,6 +113,8 @@ def _scores(
     scores = (scores if pse is None else scores + pse.float()) * scale
     if sparse_mode not in _MASKS:
         raise NotImplementedError(f"attention with sparse_mode {sparse_mode}")
+    if mask is None and sparse_mode != 0:
+        raise ValueError(f"attention with sparse_mode {sparse_mode} needs atten_mask")
     if mask is None:
         return scores
     num_queries, num_keys = scores.shape[-2:]
@@ -125,20 +129,20 @@ def _scores(
     return scores.masked_fill(hidden, float("-inf"))
 
 
-def _refuse_dropout(drop_mask: Tensor | None, padding_mask: Tensor | None, keep_prob: float) -> None:
-    if keep_prob < 1 and drop_mask is not None:
+def _refuse_dropout(padding_mask: Tensor | None, keep_prob: float) -> None:
+    if keep_prob < 1:
         raise NotImplementedError(f"attention with dropout (keep_prob {keep_prob})")
     if padding_mask is not None:
         raise NotImplementedError("attention with padding_mask")
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, pse: Tensor | None, drop_mask: Tensor | None, padding_mask: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, pse: Tensor | None, padding_mask: Tensor | None,
     mask: Tensor | None, scale: float, keep_prob: float, before: int, after: int, num_heads: int, layout: str,
     sparse_mode: int,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """``softmax(scale * (q @ k.T + pse)) @ v``, with the maximum and the sum of each row of the softmax."""
-    _refuse_dropout(drop_mask, padding_mask, keep_prob)
+    _refuse_dropout(padding_mask, keep_prob)
     query, key, value = _operands(q, k, v, layout, num_heads)
     scores = _scores(query, key, pse, mask, scale, sparse_mode, (before, after))
     maximum = scores.amax(-1, keepdim=True)
@@ -175,11 +179,11 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, layout: str, num_heads: int) -> l
 
 
 def _attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, dy: Tensor, pse: Tensor | None, drop_mask: Tensor | None,
-    padding_mask: Tensor | None, mask: Tensor | None, softmax_max: Tensor, softmax_sum: Tensor, attention: Tensor,
-    scale: float, keep_prob: float, before: int, after: int, num_heads: int, layout: str, sparse_mode: int,
+    q: Tensor, k: Tensor, v: Tensor, dy: Tensor, pse: Tensor | None, padding_mask: Tensor | None, mask: Tensor | None,
+    softmax_max: Tensor, softmax_sum: Tensor, attention: Tensor, scale: float, keep_prob: float, before: int,
+    after: int, num_heads: int, layout: str, sparse_mode: int,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    _refuse_dropout(drop_mask, padding_mask, keep_prob)
+    _refuse_dropout(padding_mask, keep_prob)
     query, key, value = _operands(q, k, v, layout, num_heads)
     grad, result = _heads(dy, layout, num_heads), _heads(attention, layout, num_heads)
     scores = _scores(query, key, pse, mask, scale, sparse_mode, (before, after))
@@ -199,13 +203,13 @@ def _attention_backward(
 _ATTENTION = "keep_prob:d before:i after:i num_heads:i layout:s _inner_precise:i sparse_mode:i"
 kernel(
     "aclnnFlashAttentionScore",
-    f"q:T k:T v:T pse:T drop_mask:T padding_mask:T mask:T _prefix:A scale:d {_ATTENTION} "
+    f"q:T k:T v:T pse:T _drop_mask:T padding_mask:T mask:T _prefix:A scale:d {_ATTENTION} "
     ">softmax_max:T >softmax_sum:T >softmax_out:T >out:T",
     _attention,
 )
 kernel(
     "aclnnFlashAttentionScoreGrad",
-    "q:T k:T v:T dy:T pse:T drop_mask:T padding_mask:T mask:T softmax_max:T softmax_sum:T _softmax_in:T attention:T "
-    f"_prefix:A scale:d {_ATTENTION} >dq:T >dk:T >dv:T >dpse:T",
+    "q:T k:T v:T dy:T pse:T _drop_mask:T padding_mask:T mask:T softmax_max:T softmax_sum:T _softmax_in:T "
+    f"attention:T _prefix:A scale:d {_ATTENTION} >dq:T >dk:T >dv:T >dpse:T",
     _attention_backward,
 )

@@ -39,9 +39,7 @@ _RECEIVED = (
 _DISPATCH = "quant_mode:i global_bs:i expert_token_nums_type:i"
 _COMBINE = "global_bs:i out_dtype:i comm_quant_mode:i group_list_type:i"
 _RESERVED = "activation_scale:T weight_scale:T group_list:T"
-_SPECIAL = (
-    "shared_expert_x:T elastic_info:T ori_x:T const_expert_alpha_1:T const_expert_alpha_2:T const_expert_v:T"
-)
+_SPECIAL = "shared_expert_x:T elastic_info:T ori_x:T const_expert_alpha_1:T const_expert_alpha_2:T const_expert_v:T"
 
 
 def _combine_v2(

@@ -16,6 +16,6 @@ def _slice(source: Tensor, starts: Tensor, sizes: Tensor) -> Tensor:
 kernel("aclnnNpuFormatCast", "source:T >out:T", lambda source: source)
 # graph operators: what torch_npu launches for tensors in tiles
 kernel("Identity", "source:T >out:T", lambda source: source)
-kernel("Cast", "source:T >out:T", lambda source: source)
+kernel("Cast", "source:T >>out:T", lambda source, out: source.to(out.dtype))
 kernel("Transpose", "source:T axes:T >out:T", lambda source, axes: source.permute(axes.tolist()))
 kernel("Slice", "source:T starts:T sizes:T >out:T", _slice)

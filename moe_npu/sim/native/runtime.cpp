@@ -7,9 +7,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <csignal>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -30,13 +32,13 @@ constexpr uint64_t kDeviceMemory = 64ull << 30;  // an Ascend910B1 has 64 GB
 
 enum Event : int { kMemcpy = 0, kSynchronize = 1 };
 
-using RunOperator = int (*)(int operator_id, const Slot* slots, int num_slots);
+using RunOperator = int (*)(int operator_id, const Slot* slots);
 using Observe = void (*)(int event, int kind, uint64_t bytes, const void* from, const void* to);
 RunOperator run_operator = nullptr;
 std::atomic<Observe> observe{nullptr};
 thread_local std::string failure;
 
-enum Outcome : int { kDone = 0, kNotImplemented = 1 };
+enum Outcome : int { kDone = 0, kNotImplemented = 1, kFailed = 2, kInterrupted = 3 };
 
 void notify(Event event, int kind, uint64_t bytes, const void* from = nullptr, const void* to = nullptr) {
   if (Observe callback = observe.load()) callback(event, kind, bytes, from, to);
@@ -212,21 +214,21 @@ extern "C" {
 void moe_npu_sim_connect(RunOperator run) { run_operator = run; }
 void moe_npu_sim_observe(Observe callback) { observe = callback; }
 void moe_npu_sim_fail(const char* message) { failure = message; }
-uint64_t moe_npu_sim_allocated() { return device_bytes; }
 uint64_t moe_npu_sim_num_descriptors() {
   std::lock_guard<std::mutex> guard(descriptors_lock);
   return descriptors.size();
 }
 
-// first phase of an operator: keep the arguments (capital letters in the signature are descriptors)
-// calls at_npu::native::get_npu_storage_sizes(const at::Tensor&), whose argument is a pointer to its implementation
+// calls at_npu::native::get_npu_storage_sizes(const at::Tensor&), whose argument is a pointer to its implementation;
+// the number of sizes, or -1 if there are too many
 int moe_npu_sim_storage_sizes(void* function, void* tensor, int64_t* sizes) {
   const auto result = reinterpret_cast<std::vector<int64_t> (*)(void* const&)>(function)(tensor);
-  if (result.size() > Tensor::kMaxDim) return 0;
+  if (result.size() > Tensor::kMaxDim) return -1;
   std::copy(result.begin(), result.end(), sizes);
   return static_cast<int>(result.size());
 }
 
+// first phase of an operator: keep the arguments (capital letters in the signature are descriptors)
 int moe_npu_sim_prepare(const Operator* op, const Slot* slots, uint64_t* workspace_size, void** executor) {
   auto* kept = new Executor{op, std::vector<Slot>(slots, slots + std::strlen(op->signature))};
   for (size_t i = 0; i < kept->slots.size(); i++) {
@@ -240,11 +242,13 @@ int moe_npu_sim_prepare(const Operator* op, const Slot* slots, uint64_t* workspa
 // second phase: let Python compute
 int moe_npu_sim_launch(void* executor) {
   std::unique_ptr<Executor> call(static_cast<Executor*>(executor));
-  if (run_operator == nullptr) raise(-1, std::string(call->op->name) + ": the simulated device is not active");
-  const int outcome = run_operator(call->op->id, call->slots.data(), static_cast<int>(call->slots.size()));
+  if (run_operator == nullptr) raise(kFailed, std::string(call->op->name) + ": the simulated device is not active");
+  failure = std::string(call->op->name) + ": interrupted on the simulated device";  // unless Python says more
+  const int outcome = run_operator(call->op->id, call->slots.data());
   if (outcome != kDone) {
     call.reset();
     abandon_descriptors();
+    if (outcome == kInterrupted) std::raise(SIGINT);  // what follows is a RuntimeError, which a program may catch
     raise(outcome, failure);
   }
   return kSuccess;
@@ -259,7 +263,7 @@ void moe_npu_sim_unimplemented(const char* what) {
 
 void* aclCreateTensor(const int64_t* shape, uint64_t dim, int dtype, const int64_t* strides, int64_t offset, int format,
                       const int64_t* storage_shape, uint64_t storage_dim, void* data) {
-  if (dim > Tensor::kMaxDim || storage_dim > Tensor::kMaxDim) raise(-1, "aclCreateTensor: more than 16 dimensions");
+  if (dim > Tensor::kMaxDim || storage_dim > Tensor::kMaxDim) raise(kFailed, "aclCreateTensor: more than 16 dimensions");
   auto* tensor = new Tensor;
   tensor->dim = dim, tensor->offset = offset, tensor->dtype = dtype, tensor->format = format;
   tensor->storage_dim = storage_dim, tensor->data = data;
@@ -410,6 +414,7 @@ const char* aclrtGetSocName() {
   const char* value = std::getenv("MOE_NPU_SIM_SOC");
   return value == nullptr ? "Ascend910B1" : value;
 }
+int aclrtDeviceCanAccessPeer(int* can_access, int, int) { return *can_access = 1, kSuccess; }
 int aclrtMalloc(void** pointer, size_t size, int) { return allocate(pointer, size, device_blocks, true); }
 int aclrtMallocAlign32(void** pointer, size_t size, int) { return allocate(pointer, size, device_blocks, true); }
 int aclrtMallocHost(void** pointer, size_t size) { return allocate(pointer, size, host_blocks, false); }
@@ -440,8 +445,9 @@ int aclrtGetMemInfo(int, size_t* available, size_t* total) {
 }
 int aclrtPointerGetAttributes(const void* pointer, void* attributes) {
   constexpr int kHost = 0, kDevice = 1, kUnregistered = 2;  // aclrtMemLocationType
+  constexpr size_t kSize = 28;  // of aclrtPtrAttributes, which begins with the device and the type
   std::lock_guard<std::mutex> guard(memory_lock);
-  std::memset(attributes, 0, 64);
+  std::memset(attributes, 0, kSize);
   auto* location = static_cast<int32_t*>(attributes);
   auto contains = [pointer](const std::unordered_map<void*, size_t>& blocks) {
     return std::any_of(blocks.begin(), blocks.end(), [pointer](const auto& block) {
@@ -476,17 +482,29 @@ int aclrtCreateContext(void** context, int) { return aclrtGetCurrentContext(cont
 int aclrtGetRunMode(int* mode) { return *mode = 1, kSuccess; }  // host
 int aclrtGetVersion(int* major, int* minor, int* patch) { return *major = 1, *minor = 14, *patch = 0, kSuccess; }
 int aclGetDeviceCapability(uint32_t, int which, int64_t* value) {
-  constexpr int kVectorCores = 1, kL2Cache = 2;
-  return *value = which == kL2Cache ? 192 << 20 : which == kVectorCores ? 48 : 24, kSuccess;
+  constexpr int kCores = 0, kVectorCores = 1, kL2Cache = 2;  // aclDeviceInfo
+  switch (which) {
+    case kCores: *value = 24; break;
+    case kVectorCores: *value = 48; break;
+    case kL2Cache: *value = 192 << 20; break;
+    default: moe_npu_sim_unimplemented(("aclGetDeviceCapability of " + std::to_string(which)).c_str());
+  }
+  return kSuccess;
 }
 int aclrtGetDeviceInfo(uint32_t, int attribute, int64_t* value) {
-  constexpr int kVectorCores = 201, kMemory = 301, kL2Cache = 302;  // aclrtDevAttr; the others are numbers of cores
+  constexpr int kCores = 101, kCubeCores = 102, kVectorCores = 201, kMemory = 301, kL2Cache = 302;  // aclrtDevAttr
   switch (attribute) {
+    case kCores: case kCubeCores: *value = 24; break;
     case kVectorCores: *value = 48; break;
     case kMemory: *value = static_cast<int64_t>(kDeviceMemory); break;
     case kL2Cache: *value = 192 << 20; break;
-    default: *value = 24;
+    default: moe_npu_sim_unimplemented(("aclrtGetDeviceInfo of attribute " + std::to_string(attribute)).c_str());
   }
+  return kSuccess;
+}
+int aclrtSetDeviceSatMode(int mode) {
+  constexpr int kInfNan = 1;  // aclrtFloatOverflowMode
+  if (mode != kInfNan) moe_npu_sim_unimplemented("aclrtSetDeviceSatMode with saturation instead of infinity");
   return kSuccess;
 }
 int aclrtGetSysParamOpt(int, int64_t* value) { return *value = 0, kSuccess; }
