@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moe_npu import ops
-from moe_npu.ops import _combine_kernel
+from moe_npu.ops import _combine_kernel, distribute_combine
 from tests.helpers.gloo import single_rank_group
 from tests.ops.rules.base import BF16, ELSEWHERE, F16, F64, I8, I32, I64, Rule, ints, zeros
 
@@ -103,6 +103,12 @@ def without_process_groups() -> Any:
 def on_a_device() -> Any:
     """The gradient that only a CPU computes, as a device would be asked for it."""
     return _combine_kernel._grad_npu()
+
+
+def shared_rows_on_a_device() -> Any:
+    """The argument that torch_npu leaves out of the sum."""
+    args = dict.fromkeys(distribute_combine._V1_FIELDS)
+    return distribute_combine._v1_npu(*{**args, "shared_expert_x": zeros(2, 3)}.values())
 
 
 constants = {name: zeros(2, 3) for name in TABLES}
@@ -325,6 +331,7 @@ RULES: list[Rule] = [
     ),
     ("combine-few-rows", combine(expand_x=zeros(3, 3)), "expand_x must have the 4 rows of ep_send_counts, but has 3"),
     ("combine-grad-on-a-device", on_a_device, "expand_x and expert_scales have a gradient on CPU only"),
+    ("combine-shared-rows-on-a-device", shared_rows_on_a_device, "shared_expert_x must be None on a device"),
     # combine, add, normalize
     ("norm-residual-elsewhere", norm(residual_x=zeros(2, 1, 3).to(ELSEWHERE)), "residual_x must be on cpu"),
     ("norm-half-gamma", norm(gamma=zeros(3, dtype=F16)), "gamma must have dtype float32, but has float16"),
