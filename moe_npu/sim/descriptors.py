@@ -110,12 +110,14 @@ def _tensor(address: int | None) -> Tensor | None:
         return torch.empty(shape, dtype=dtype)
     if not descriptor.data:
         raise ValueError(f"a tensor of shape {shape} has no memory")
-    if descriptor.format in tiles.FORMATS:
+    # tiles have two dimensions more in memory; the adapter of npu_grouped_matmul_swiglu_quant_v2 also calls a weight of that
+    # shape a tensor in tiles, and the operator takes it as it is
+    if descriptor.format in tiles.FORMATS and len(storage_shape) > len(shape):
         if offset != 0 and tiles.is_padded(shape, strides, storage_shape):  # what a device reads there is not defined
             raise NotImplementedError("operators on views with an offset into a tensor in FRACTAL_NZ with padding")
         elements = memory(descriptor.data, math.prod(storage_shape) * dtype.itemsize, dtype)
         return tiles.decode(elements.view(storage_shape), shape, strides, offset)
-    if descriptor.format not in _BASE_FORMATS:
+    if descriptor.format not in _BASE_FORMATS | tiles.FORMATS:
         raise NotImplementedError(f"tensors of aclFormat {descriptor.format} are not implemented")
     extent = 1 + offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     storage = memory(descriptor.data, extent * dtype.itemsize, dtype)

@@ -7,7 +7,6 @@ import ctypes
 import io
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,13 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from moe_npu.sim import aten, compat, distributed, graph, tiles, trace
+from moe_npu.sim import aten, compat, distributed, graph, outcome, tiles, trace
 from moe_npu.sim.build import LIBRARIES, build
 from moe_npu.sim.descriptors import Slot, read_arguments
 from moe_npu.sim.installation import SimulatorError, refuse_cann
 from moe_npu.sim.kernels import KERNELS, Kernel
 
-_OK, _NOT_IMPLEMENTED, _FAILED, _INTERRUPTED = 0, 1, 2, 3  # enum Outcome of runtime.cpp
 _RUN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(Slot))
 _kernels = list(KERNELS.values())
 _runtime: ctypes.CDLL | None = None
@@ -125,23 +123,12 @@ def _run(operator_id: int, slots: Any) -> int:
     kernel = _kernels[operator_id]
     try:
         launch(kernel, slots)
-    except NotImplementedError as error:
-        return _fail(_NOT_IMPLEMENTED, kernel, error)
     except BaseException as error:
-        return _fail(_INTERRUPTED if isinstance(error, KeyboardInterrupt) else _FAILED, kernel, error)
-    return _OK
+        return outcome.failure(runtime(), kernel.name, error)
+    return outcome.DONE
 
 
 _run_callback = _RUN(_run)
-
-
-def _fail(outcome: int, kernel: Kernel, error: BaseException) -> int:
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    message = (
-        f"{kernel.name}: {error} [{type(error).__name__} at {where.filename}:{where.lineno} on the simulated device]"
-    )
-    runtime().moe_npu_sim_fail(message.encode())
-    return outcome
 
 
 def launch(kernel: Kernel, slots: Any) -> None:

@@ -18,7 +18,6 @@ import os
 import queue
 import secrets
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from datetime import timedelta
@@ -30,9 +29,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d as c10d
 
+from moe_npu.sim import outcome
 from moe_npu.sim.descriptors import memory
 
-_OK, _NOT_IMPLEMENTED, _FAILED = 0, 1, 2
 _LOOPBACK = "127.0.0.1"
 _ASK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64), ctypes.c_int)
 _Work = Callable[[], object]
@@ -118,14 +117,8 @@ def _answer(function: bytes, values: Any, number: int) -> int:
     try:
         _FUNCTIONS[function.decode()](*values[:number])
     except BaseException as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        message = (
-            f"HCCL, {function.decode()}: {error} [{type(error).__name__} at {where.filename}:{where.lineno} on the "
-            "simulated device]"
-        )
-        _runtime.moe_npu_sim_fail(message.encode())
-        return _NOT_IMPLEMENTED if isinstance(error, NotImplementedError) else _FAILED
-    return _OK
+        return outcome.failure(_runtime, f"HCCL, {function.decode()}", error)
+    return outcome.DONE
 
 
 _answer_callback = _ASK(_answer)

@@ -29,8 +29,7 @@ int ask(const char* function, Values... values) {
   const int64_t words[] = {0, word(values)...};
   const Ask callback = ask_python.load();
   if (callback == nullptr) moe_npu_sim_unimplemented(function);
-  const int outcome = callback(function, words + 1, sizeof...(values));
-  if (outcome != 0) moe_npu_sim_raise(outcome);
+  moe_npu_sim_require(callback(function, words + 1, sizeof...(values)));
   return kSuccess;
 }
 

@@ -22,7 +22,7 @@ int moe_npu_sim_prepare(const Operator* op, const Slot* slots, uint64_t* workspa
 int moe_npu_sim_launch(void* executor);
 const Operator* moe_npu_sim_find(const char* name);  // null if the table of kernels lacks it
 void moe_npu_sim_unimplemented(const char* what);
-void moe_npu_sim_raise(int outcome);  // what Python answered, with its message
+void moe_npu_sim_require(int outcome);  // raises what Python answered, with its message
 
 // collectives that are under way; see collectives.cpp
 int moe_npu_sim_wait_for_event(void* event);

@@ -38,7 +38,8 @@ RunOperator run_operator = nullptr;
 std::atomic<Observe> observe{nullptr};
 thread_local std::string failure;
 
-enum Outcome : int { kDone = 0, kNotImplemented = 1, kFailed = 2, kInterrupted = 3 };
+// what Python answers; 0 is what a callback gives that could not answer
+enum Outcome : int { kDone = 1, kNotImplemented = 2, kFailed = 3, kInterrupted = 4 };
 
 void notify(Event event, int kind, uint64_t bytes, const void* from = nullptr, const void* to = nullptr) {
   if (Observe callback = observe.load()) callback(event, kind, bytes, from, to);
@@ -46,6 +47,7 @@ void notify(Event event, int kind, uint64_t bytes, const void* from = nullptr, c
 
 [[noreturn]] void raise(int outcome, const std::string& message) {
   const c10::SourceLocation here{__func__, __FILE__, static_cast<uint32_t>(__LINE__)};
+  if (outcome == kInterrupted) std::raise(SIGINT);  // what follows is a RuntimeError, which a program may catch
   if (outcome == kNotImplemented) throw c10::NotImplementedError(here, message);
   throw c10::Error(here, message);
 }
@@ -248,13 +250,14 @@ int moe_npu_sim_launch(void* executor) {
   if (outcome != kDone) {
     call.reset();
     abandon_descriptors();
-    if (outcome == kInterrupted) std::raise(SIGINT);  // what follows is a RuntimeError, which a program may catch
     raise(outcome, failure);
   }
   return kSuccess;
 }
 
-void moe_npu_sim_raise(int outcome) { raise(outcome, failure); }
+void moe_npu_sim_require(int outcome) {
+  if (outcome != kDone) raise(outcome, failure);
+}
 
 void moe_npu_sim_unimplemented(const char* what) {
   abandon_descriptors();
