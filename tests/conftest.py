@@ -44,7 +44,11 @@ with torch.device("meta"):
 
 def pytest_configure(config: pytest.Config) -> None:
     if sim.is_active():  # what torch_npu says of its own, once per process, whatever runs first
-        for message in ("TypedStorage is deprecated", "triton-ascend is not installed", "Cannot create tensor with int"):
+        for message in (
+            "TypedStorage is deprecated",
+            "triton-ascend is not installed",
+            "Cannot create tensor with int",
+        ):
             config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 

@@ -34,9 +34,10 @@ LIBRARIES = (
     "libatb.so",
     "libruntime.so",
     "libopapi.so",
+    "libmspti.so",
 )
-# runtime functions that have nothing to do on a device that is always idle, computes in one way and fails at once; all
-# others that the simulator does not define raise NotImplementedError when they are called
+# runtime functions that have nothing to do on a device that is always idle, computes in one way, fails at once and has
+# no activities to report to a profiler; all others that the simulator does not define raise NotImplementedError
 _IDLE = re.compile(
     r"acl(Init|Finalize|AppLog|SetCompileopt)$"
     r"|acl(rt|op|mdl|prof)?(Destroy|Finalize|FreePhysical|ReleaseMemAddress|UnmapMem)\w*$"
@@ -44,6 +45,7 @@ _IDLE = re.compile(
     r"|aclrt(Reset|Unuse|UnSubscribe)\w*$|aclrtDeviceEnablePeerAccess$"
     r"|aclrt(GetLastError|PeekAtLastError|CtxSetSysParamOpt|CmoAsync)$"
     r"|HcclSetConfig$|Msprof\w+$|aclop(CreateAttr|SetAttr\w+)$|aclSetTensor(DescName|PlaceMent)$"
+    r"|mspti(ActivityEnable|ActivityDisable|ActivityFlushAll|ActivityRegisterCallbacks|Subscribe|Unsubscribe)$"
     r"|_Z\w*D[012]Ev$"
 )
 
@@ -180,7 +182,8 @@ def _stubs_source(npu: Path, torch_folder: Path, defined: set[str]) -> str:
     for library in [*libraries, *torch_folder.glob("lib/*.so*"), *_system_libraries(libraries[0])]:
         available |= _symbols("--defined-only", library)
     looked_up = re.findall(
-        rb"\x00(acl(?:rt|op|mdl|prof|tdt|sys|Get|Set|Create|Destroy|Init|Fin|App|GenC)\w*|Hccl[A-Z]\w*|rt[A-Z]\w*)(?=\x00)",
+        rb"\x00(acl(?:rt|op|mdl|prof|tdt|sys|Get|Set|Create|Destroy|Init|Fin|App|GenC)\w*"
+        rb"|Hccl[A-Z]\w*|rt[A-Z]\w*|mspti[A-Z]\w*)(?=\x00)",
         (npu / "lib" / "libtorch_npu.so").read_bytes(),
     )
     names = (needed | {name.decode() for name in looked_up}) - available

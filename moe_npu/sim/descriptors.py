@@ -110,8 +110,8 @@ def _tensor(address: int | None) -> Tensor | None:
         return torch.empty(shape, dtype=dtype)
     if not descriptor.data:
         raise ValueError(f"a tensor of shape {shape} has no memory")
-    # tiles have two dimensions more in memory; the adapter of npu_grouped_matmul_swiglu_quant_v2 also calls a weight of that
-    # shape a tensor in tiles, and the operator takes it as it is
+    # tiles have two dimensions more in memory; the adapter of npu_grouped_matmul_swiglu_quant_v2 also calls a weight of
+    # that shape a tensor in tiles, and the operator takes it as it is
     if descriptor.format in tiles.FORMATS and len(storage_shape) > len(shape):
         if offset != 0 and tiles.is_padded(shape, strides, storage_shape):  # what a device reads there is not defined
             raise NotImplementedError("operators on views with an offset into a tensor in FRACTAL_NZ with padding")

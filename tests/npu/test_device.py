@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -68,3 +69,18 @@ def test_runtime_functions_that_cannot_do_what_they_say_are_refused() -> None:
 
     with pytest.raises(NotImplementedError, match="aclmdlInitDump"):
         torch_npu.npu.init_dump()
+
+
+def test_the_profiler_of_torch_shows_the_host() -> None:
+    x = torch.ones(8, 8, device="npu")
+    with torch.profiler.profile() as profile:
+        (x @ x).sum().item()
+    assert "aten::matmul" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize(("visible", "count"), [("0", 1), ("1,0", 1), ("", 0)])
+def test_visible_devices(visible: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = ctypes.c_uint32()
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", visible)
+    device.runtime().aclrtGetDeviceCount(ctypes.byref(number))
+    assert number.value == count  # this process has one

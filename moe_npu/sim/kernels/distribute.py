@@ -42,6 +42,12 @@ _RESERVED = "activation_scale:T weight_scale:T group_list:T"
 _SPECIAL = "shared_expert_x:T elastic_info:T ori_x:T const_expert_alpha_1:T const_expert_alpha_2:T const_expert_v:T"
 
 
+def _dispatch_v2(**arguments: Any) -> Any:
+    if arguments["x"].dtype == torch.float32:  # our operator computes it on CPU, and the adapter does not check
+        raise ValueError("x must be float16, bfloat16 or int32, but is torch.float32")
+    return ops.npu_moe_distribute_dispatch_v2(**arguments)
+
+
 def _combine_v2(
     activation_scale: None, weight_scale: None, group_list: None, out_dtype: int, group_list_type: int, **arguments: Any
 ) -> Tensor:
@@ -60,7 +66,7 @@ kernel(
     "aclnnMoeDistributeDispatchV4",
     "x:T expert_ids:T scales:T x_active_mask:T expert_scales:T elastic_info:T performance_info:T "
     f"{_RANKS} {_DISPATCH} comm_alg:s {_SPECIAL_NUMBERS} {_RECEIVED}",
-    _in_group(ops.npu_moe_distribute_dispatch_v2),
+    _in_group(_dispatch_v2),
 )
 kernel(
     "aclnnMoeDistributeCombine",

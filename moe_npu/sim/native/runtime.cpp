@@ -364,6 +364,13 @@ int aclSetTensorShape(void* desc, int dim, const int64_t* shape) {
 void aclDestroyTensorDesc(const void* desc) { drop(desc); }
 void* aclCreateDataBuffer(void* data, size_t) { return new DataBuffer(data); }
 int aclDestroyDataBuffer(const void* buffer) { return drop(buffer), kSuccess; }
+// Attributes are not kept: shapes and dtypes of the outputs tell what the kernels need, except for masks of StridedSlice.
+int aclopSetAttrInt(void*, const char* name, int64_t value) {
+  for (const char* mask : {"begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask"}) {
+    if (value != 0 && std::strcmp(name, mask) == 0) moe_npu_sim_unimplemented((std::string("the attribute ") + name).c_str());
+  }
+  return kSuccess;
+}
 int aclopCompileAndExecute(const char* name, int num_inputs, const TensorDesc* const* inputs,
                            const DataBuffer* const* input_data, int num_outputs, const TensorDesc* const* outputs,
                            const DataBuffer* const* output_data, const void*, int, int, const char*, void*) {
@@ -396,7 +403,11 @@ static std::atomic<uintptr_t> next_handle{64};
 
 static uint32_t device_count() {
   const char* value = std::getenv("MOE_NPU_SIM_DEVICES");
-  return value == nullptr ? 1 : std::max(1, std::atoi(value));
+  const uint32_t count = value == nullptr ? 1 : std::max(1, std::atoi(value));
+  const char* visible = std::getenv("ASCEND_RT_VISIBLE_DEVICES");  // their numbers, with commas between them
+  if (visible == nullptr) return count;
+  const uint32_t listed = *visible == 0 ? 0 : 1 + std::count(visible, visible + std::strlen(visible), ',');
+  return std::min(count, listed);
 }
 static int new_handle(void** handle) {
   *handle = reinterpret_cast<void*>(next_handle.fetch_add(64));
