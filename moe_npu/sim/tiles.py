@@ -91,7 +91,11 @@ def host_copy(tensor: Tensor) -> Tensor:
     block = (ctypes.c_uint8 * num_bytes).from_address(storage.data_ptr())
     block.owner = storage  # type: ignore[attr-defined]
     memory = torch.frombuffer(block, dtype=tensor.dtype).view(sizes[:count])
-    return decode(memory, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+    base = tensor._base  # knows what the strides of a row, or of all elements in one axis, do not tell
+    whole: Sequence[int] | None = None
+    if base is not None and base.dtype == tensor.dtype and base.is_contiguous() and base.storage_offset() == 0:
+        whole = base.shape if storage_shape(base.shape, memory.size(-1)) == list(memory.shape) else None
+    return decode(memory, tensor.shape, tensor.stride(), int(tensor.storage_offset()), whole)
 
 
 @functools.cache
@@ -107,16 +111,26 @@ def _runtime() -> ctypes.CDLL:
     return device.runtime()
 
 
-def decode(memory: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
+def decode(
+    memory: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int, whole: Sequence[int] | None = None
+) -> Tensor:
     """A tensor in tiles as a CPU tensor with these sizes and strides: a copy, which :func:`encode` writes back.
 
+    Args:
+        memory: the tiles.
+        shape: sizes of the view.
+        strides: steps of the view in the contiguous tensor.
+        offset: where the view begins.
+        whole: shape of the contiguous tensor, if it is known.
+
     Raises:
-        NotImplementedError: the strides do not tell what the tensor is.
+        NotImplementedError: the shape is not known and the strides do not tell what the tensor is.
     """
-    height, width = base_size(shape, strides, memory.shape)
+    height, width = base_size(shape, strides, memory.shape) if whole is None else whole[-2:]
     matrix = untile(memory, height, width)
     tensor = matrix.as_strided(shape, strides, offset)
-    ops.npu_format_cast_(tensor, 29)  # kernels refuse it where the device would
+    if tensor.dim() >= 2:
+        ops.npu_format_cast_(tensor, 29)  # kernels refuse it where the device would
     setattr(tensor, _ORIGIN, (memory, matrix))
     return tensor
 

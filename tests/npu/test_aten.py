@@ -8,9 +8,10 @@ import gc
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -578,6 +579,118 @@ def test_pinned_memory_and_loaders() -> None:
     batches = [batch for (batch,) in DataLoader(TensorDataset(data), 4, pin_memory=True)]
     assert all(batch.is_pinned() for batch in batches)
     assert torch.equal(torch.cat([batch.npu() for batch in batches]).cpu(), data)
+
+
+def zeros_like(x: Tensor, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=x.dtype, device=x.device)
+
+
+def changed(change: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    """What a tensor is after a change in place."""
+
+    def run(x: Tensor) -> Tensor:
+        change(x)
+        return x
+
+    return run
+
+
+# of ``[6, 8]``; while jit_compile is set, torch_npu copies with graph operators
+STRIDED_COPIES: dict[str, Callable[[Tensor], Any]] = {
+    "row = number": changed(lambda x: x.__setitem__(3, 0)),
+    "element = number": changed(lambda x: x.__setitem__((3, 5), 0)),
+    "rows = number": changed(lambda x: x.__setitem__(slice(2, 4), 1)),
+    "every second column = number": changed(lambda x: x.__setitem__((slice(None), slice(None, None, 2)), 0)),
+    "every second row = number": changed(lambda x: x.__setitem__(slice(1, None, 2), 5)),
+    "block = number": changed(lambda x: x.__setitem__((slice(1, 4), slice(2, 6)), 5)),
+    "columns = columns": changed(lambda x: x[:, 4:].copy_(x[:, :4])),
+    "rows = rows": changed(lambda x: x[3:].copy_(x[:3])),
+    "row = column": changed(lambda x: x[2, :6].copy_(x[:, 7])),
+    "column = row": changed(lambda x: x[:, 3].copy_(x[5, :6])),
+    "rows = row": changed(lambda x: x[:3].copy_(x[4].clone())),
+    "columns = column": changed(lambda x: x[:, :3].copy_(x[:, 6:7].clone())),
+    "transposed = contiguous": changed(lambda x: x.t().copy_(torch.arange(48, device=x.device).view(8, 6))),
+    "diagonal = number": changed(lambda x: x.diagonal().fill_(7)),
+    "diagonal = row": changed(lambda x: x.diagonal().copy_(x[5, :6].clone())),
+    "view = other dtype": changed(lambda x: x[::2, 1:4].copy_(torch.arange(9, device=x.device).view(3, 3))),
+    "view = host": changed(lambda x: x[1:5:2, ::3].copy_(torch.arange(6).view(2, 3))),
+    "expand": lambda x: x[0].expand(3, 8).contiguous(),
+    "expand columns": lambda x: x[:, :1].expand(6, 4).contiguous(),
+    "expand contiguous columns": lambda x: x[:, :1].contiguous().expand(6, 4).contiguous(),
+    "expand whole": lambda x: x.expand(2, 6, 8).contiguous(),
+    "expand scalar": lambda x: x[2, 3].expand(4, 5).contiguous(),
+    "every second": lambda x: x[::2, ::2].contiguous(),
+    "every second row": lambda x: x[::2].contiguous(),
+    "every third row from one": lambda x: x[1::3].contiguous(),
+    "every second matrix": lambda x: x.view(6, 2, 4)[1::2].contiguous(),
+    "uneven step": lambda x: x[:5:4].contiguous(),
+    "column": lambda x: x[1:, 3].contiguous(),
+    "whole column": lambda x: x[:, 3].contiguous(),
+    "columns": lambda x: x[:, 2:5].contiguous(),
+    "block": lambda x: x[1:4, 2:5].clone(),
+    "select": lambda x: x.view(2, 3, 8)[:, 1].contiguous(),
+    "select of a copy": lambda x: x.view(2, 3, 8).clone()[:, 1].contiguous(),
+    "select last": lambda x: x.view(2, 3, 8)[..., 5].contiguous(),
+    "transposed": lambda x: x.t().contiguous(),
+    "part of transposed": lambda x: x.t()[1:5, ::2].contiguous(),
+    "permuted": lambda x: x.view(2, 3, 8).permute(2, 0, 1).contiguous(),
+    "permuted part": lambda x: x.view(2, 3, 2, 4)[:, 1:, :, ::2].permute(3, 1, 0, 2).contiguous(),
+    "windows": lambda x: x.unfold(0, 2, 1).contiguous(),
+    "windows of rows": lambda x: x.unfold(1, 3, 2).contiguous(),
+    "as_strided": lambda x: x.as_strided((3, 4), (5, 2), x.storage_offset() + 7).contiguous(),
+    "diagonal": lambda x: x.diagonal().contiguous(),
+    "reshape": lambda x: x[:, 1:].reshape(-1),
+    "reshape transposed": lambda x: x.t().reshape(4, 12),
+    "to other dtype": lambda x: x.t().to(torch.int32),
+    "part to other dtype": lambda x: x[::2, 1:].to(torch.int32),
+    "bytes": lambda x: x.view(torch.uint8)[:, ::3].contiguous(),
+    "bytes = number": changed(lambda x: x.view(torch.uint8)[:, -1:].zero_()),
+    "bytes = bytes": changed(lambda x: x.view(torch.uint8)[3:, -3:].copy_(x.view(torch.uint8)[:3, :3])),
+    "other = part": lambda x: zeros_like(x, 3, 4).copy_(x[::2, ::2]),
+    "part of other = part": changed(lambda x: zeros_like(x, 4, 9)[1:, ::2][:, :4].copy_(x[::2, ::2])),
+    "to host": lambda x: x[::2, 1:].cpu(),
+    "representation": lambda x: re.sub(", device='npu:0'", "", repr(x[::2, 1:])),
+    "list": lambda x: x[1::2, ::3].tolist(),
+    "nothing": lambda x: x[:, 3:3].contiguous(),
+    "nothing = number": changed(lambda x: x.__setitem__((slice(None), slice(3, 3)), 1)),
+}
+
+
+@pytest.fixture
+def _jit_compile(npu: torch.device) -> Iterator[None]:
+    was_off = torch.npu.is_jit_compile_false()
+    torch.npu.set_compile_mode(jit_compile=True)
+    yield
+    torch.npu.set_compile_mode(jit_compile=not was_off)
+
+
+@pytest.mark.usefixtures("_jit_compile")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("copy", STRIDED_COPIES.values(), ids=STRIDED_COPIES)
+def test_strided_copies_with_jit_compile(copy: Callable[[Tensor], Any], dtype: torch.dtype) -> None:
+    x = (torch.arange(48) % 7).view(6, 8).to(dtype)
+    # an offset of the whole, and elements behind it that no copy may reach
+    memory = torch.arange(64).to(dtype).npu()
+    on_device = memory[8:56].copy_(x.flatten().npu()).view(6, 8)
+    around = memory[:8].tolist(), memory[56:].tolist()
+    for tensor in (x.npu(), on_device):
+        actual, expected = copy(tensor), copy(x.clone())
+        if isinstance(expected, Tensor):
+            assert actual.dtype == expected.dtype
+            assert torch.equal(actual.cpu(), expected)
+        else:
+            assert actual == expected
+    assert (memory[:8].tolist(), memory[56:].tolist()) == around
+
+
+@pytest.mark.usefixtures("_jit_compile")
+def test_masks_of_a_strided_slice_are_refused() -> None:
+    import torch_npu
+
+    x = torch.arange(48.0).view(6, 8).npu()
+    assert torch.equal(torch_npu.npu_indexing(x, [1, 2], [5, 8], [2, 3]).cpu(), x.cpu()[1:5:2, 2:8:3])
+    with pytest.raises(NotImplementedError, match="begin_mask"):
+        torch_npu.npu_indexing(x, [1, 2], [5, 8], [2, 3], begin_mask=1)
 
 
 def test_streams_and_events() -> None:

@@ -140,6 +140,44 @@ def test_aten_writes_the_values(dtype: torch.dtype) -> None:
         assert_bits_equal(cast.cpu(), tensor)
 
 
+@pytest.mark.parametrize("shape", [(64, 96), (20, 40), (3, 20, 48)], ids=str)
+def test_aten_takes_views_that_do_not_tell_the_size(shape: tuple[int, ...]) -> None:
+    tensor = weight_of(shape, F16)
+    cast = nz(tensor)
+    for read in (
+        lambda t: t.view(-1) + 1,
+        lambda t: t[1] * 2,
+        lambda t: t[..., 3].sum(),
+        lambda t: t.flatten()[5:9].abs(),
+    ):
+        assert_bits_equal(read(cast).cpu(), read(tensor))
+    for change in (
+        lambda t: t[1].add_(1),
+        lambda t: t[..., 2, :].mul_(2),
+        lambda t: t[..., 5].zero_(),
+        lambda t: t[1:3].fill_(7),
+        lambda t: t.view(-1)[3:50:5].neg_(),
+        lambda t: t[0, 1].add_(3),
+    ):
+        change(tensor)
+        change(cast)
+        assert format_of(cast) == NZ
+        assert_bits_equal(cast.cpu(), tensor)
+
+
+def test_copies_into_views_are_not_implemented() -> None:  # torch_npu passes no offset with them
+    cast = nz(weight_of((64, 96), F16))
+    before = cast.cpu()
+    for change, message in (
+        (lambda t: t.__setitem__(5, 0), "does not tell the size of its tensor"),
+        (lambda t: t.__setitem__(slice(2, 4), 1), "copies into views of a tensor in FRACTAL_NZ"),
+        (lambda t: t[2:4].copy_(t[:2].clone()), "copies into views of a tensor in FRACTAL_NZ"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            change(cast)
+        assert_bits_equal(cast.cpu(), before)
+
+
 def test_cast_in_place() -> None:
     tensor = weight_of((20, 40), F16)
     cast = tensor.npu()

@@ -9,6 +9,13 @@ from moe_npu.sim import tiles
 from moe_npu.sim.kernels.table import kernel
 
 
+def _identity(source: Tensor, out: Tensor) -> Tensor:
+    is_tiled = any(tiles.stored(tensor) is not tensor for tensor in (source, out))
+    if is_tiled and source.shape != out.shape:  # of a view, whose offset nobody passes
+        raise NotImplementedError("copies into views of a tensor in FRACTAL_NZ")
+    return source
+
+
 def _slice(source: Tensor, starts: Tensor, sizes: Tensor, out: Tensor) -> Tensor:
     for axis, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
         source = source.narrow(axis, start, size)
@@ -35,6 +42,8 @@ def _view(base: Tensor, sizes: Tensor, strides: Tensor, offset: Tensor) -> Tenso
         raise NotImplementedError("copies of views into the tiles of a tensor in FRACTAL_NZ")
     if 0 in shape:
         return base.new_empty(shape)
+    if base.numel() == 0:
+        raise NotImplementedError("copies of views into a tensor that was allocated with no elements")
     extent = 1 + start + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
     return memory(base.data_ptr(), extent * base.itemsize, base.dtype).as_strided(shape, steps, start)
 
@@ -48,7 +57,7 @@ def _view_copy(
 
 kernel("aclnnNpuFormatCast", "source:T >out:T", lambda source: source)
 # graph operators: what torch_npu launches for tensors in tiles, and for copies while jit_compile is set
-kernel("Identity", "source:T >out:T", lambda source: source)
+kernel("Identity", "source:T >>out:T", _identity)
 kernel("Cast", "source:T >>out:T", lambda source, out: source.to(out.dtype))
 kernel("Transpose", "source:T axes:T >out:T", lambda source, axes: source.permute(axes.tolist()))
 kernel("Slice", "source:T starts:T sizes:T >>out:T", _slice)
