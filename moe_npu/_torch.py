@@ -1,8 +1,8 @@
 """Imports torch before anything else of the package, also where torch_npu is installed and CANN is not.
 
 torch imports torch_npu by itself, which fails without CANN. On a machine that has torch_npu for the simulated device
-only, every ``import torch`` would fail, that of ``moe-npu sim`` included; so there, and only there, torch is asked not to.
-``import torch_npu`` still says what is missing.
+only, every ``import torch`` would fail, that of ``moe-npu sim`` included; so there, and only there, torch is asked not
+to. ``import torch_npu`` still says what is missing.
 """
 
 import ctypes
