@@ -733,7 +733,7 @@ def test_default_device() -> None:
         x = torch.ones(4, requires_grad=True)
         x.repeat_interleave(torch.tensor([1, 2, 1, 1])).sum().backward()
     finally:
-        torch.set_default_device("cpu")
+        torch.set_default_device(None)
     assert layer.weight.grad.device.type == "npu"
     assert x.grad.tolist() == [1.0, 2.0, 1.0, 1.0]
 
