@@ -76,7 +76,7 @@ def check(variables: Mapping[str, str]) -> list[Finding]:
         Finding("Python", sys.version.split()[0], True),
         Finding("torch", torch.__version__, True),
     ]
-    findings.append(_look("torch_npu", lambda: f"{importlib.metadata.version('torch_npu')} in {torch_npu_folder()}"))
+    findings.append(_look("torch_npu", _torch_npu))
     findings.append(_look("compiler", lambda: " ".join(compiler())))
     findings.append(_look("stand-ins for CANN", lambda: str(build())))
     cann = find_cann()
@@ -97,3 +97,8 @@ def _look(what: str, look: Callable[[], str]) -> Finding:
         return Finding(what, look(), True)
     except SimulatorError as error:
         return Finding(what, str(error), False)
+
+
+def _torch_npu() -> str:
+    folder = torch_npu_folder()  # says how to install it, where it is not
+    return f"{importlib.metadata.version('torch_npu')} in {folder}"
