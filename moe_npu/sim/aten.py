@@ -72,11 +72,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return result
 
 
-def install() -> int:
-    """Replace the device's kernels of ``aten``; returns how many."""
+def install() -> None:
+    """Replace the device's kernels of ``aten``."""
     global _library
     library = torch.library.Library("aten", "IMPL")
-    number = 0
     for registration in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
         namespace, _, name = registration.partition("::")
         if namespace != "aten" or name in _NATIVE:
@@ -95,9 +94,7 @@ def install() -> int:
         ):
             continue  # torch_npu's own kernel launches a device operator, which raises unless it is implemented
         library.impl(name, _on_cpu(operator, compute), "PrivateUse1", allow_override=True)
-        number += 1
     _library = library
-    return number
 
 
 def _on_cpu(operator: torch._ops.OpOverload, compute: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moe_npu import ops
 from moe_npu.ops._library import REGISTRATIONS
+from tests.npu.test_operators import has_float64
 from tests.ops.samples import SAMPLES
 from tests.ops.samples.base import Sample
 from tests.ops.test_battery import operator_calls, over
@@ -53,11 +54,7 @@ def shapes(results: Any) -> list[Any]:
     ]
 
 
-def is_on_device(sample: Sample) -> bool:
-    return not any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in tree_leaves(sample.make()))
-
-
-@over([s for s in SAMPLES if is_on_device(s) and s.op_name not in WITHOUT_SHAPE_FUNCTION])
+@over([s for s in SAMPLES if not has_float64(s) and s.op_name not in WITHOUT_SHAPE_FUNCTION])
 def test_shapes_are_those_of_torch_npu(sample: Sample) -> None:
     for operator, args in operator_calls(sample, with_grad=bool(sample.differentiable)):
         name, registration = REGISTERED[operator]

@@ -32,10 +32,12 @@ def to_npu(value: Any) -> Any:
 COMMUNICATE = {sample.op_name for sample in distribute.SAMPLES}
 
 
+def has_float64(sample: Sample) -> bool:
+    return any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in tree_leaves(sample.make()))
+
+
 def is_on_device(sample: Sample) -> bool:
-    if sample.op_name in COMMUNICATE:
-        return False
-    return not any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in tree_leaves(sample.make()))
+    return sample.op_name not in COMMUNICATE and not has_float64(sample)
 
 
 SAMPLES_ON_DEVICE = [sample for sample in SAMPLES if is_on_device(sample)]

@@ -15,39 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from moe_npu import ops
 from tests.npu.test_operators import assert_same, is_on_device, to_npu
-from tests.ops.samples import (
-    dense_matmul,
-    fused_matmul,
-    gating,
-    gating_top_k,
-    grouped_matmul,
-    init_routing,
-    permute,
-    quantize,
-    routing,
-    routing_map,
-    swiglu,
-    swiglu_quant,
-)
+from tests.ops.samples import SAMPLES as ALL_SAMPLES
 from tests.ops.samples.base import Sample
 from tests.ops.test_battery import call, over
 
 pytestmark = [pytest.mark.npu, pytest.mark.usefixtures("npu")]
 
-FAMILIES = (
-    dense_matmul,
-    fused_matmul,
-    gating,
-    gating_top_k,
-    grouped_matmul,
-    init_routing,
-    permute,
-    quantize,
-    routing,
-    routing_map,
-    swiglu,
-    swiglu_quant,
-)
+# ours alone
+NOT_OF_TORCH_NPU = ("grouped_mm", "grouped_mm_weight_grad")
 # layouts of weights in memory have tests of their own
 FORMATS = ("npu_format_cast", "npu_format_cast_", "npu_convert_weight_to_int4pack")
 REFUSED = {
@@ -78,9 +53,10 @@ OTHER = ("npu_grouped_matmul_add-input-transposed", "npu_weight_quant_batchmatmu
 
 SAMPLES = [
     sample
-    for family in FAMILIES
-    for sample in family.SAMPLES
-    if sample.op_name not in FORMATS and sample.name not in (*CRASHES, *OTHER) and is_on_device(sample)
+    for sample in ALL_SAMPLES
+    if sample.op_name not in (*FORMATS, *NOT_OF_TORCH_NPU)
+    and sample.name not in (*CRASHES, *OTHER)
+    and is_on_device(sample)
 ]
 
 
