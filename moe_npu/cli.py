@@ -140,6 +140,36 @@ def inspect(
     console.print(table)
 
 
+@app.command()
+def report(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="Folder of a Hugging Face checkpoint, or its config.json alone.")
+    ],
+    implementation: Annotated[
+        str, typer.Option(help="The experts_implementation to load the model with: moe_npu, eager, grouped_mm, ...")
+    ] = "moe_npu",
+    accelerate: Annotated[
+        bool, typer.Option("--accelerate", help="Show the model after moe_npu.accelerate(model, strict=False).")
+    ] = False,
+) -> None:
+    """Show what would run in the MoE layers of a model.
+
+    One row per kind of layer: its class, the implementation that really computes it, how its weights are stored, and
+    why moe_npu does not compute it where that is so. Reads the configuration only: no weights are needed, and no code
+    that comes with a checkpoint is run.
+
+    Example: moe-npu report path/to/Qwen3-30B-A3B/config.json
+    """
+    try:
+        from moe_npu.layers.hf_config import report_config  # transformers is needed for this command only
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"the report needs {error.name}; install it with pip install 'moe-npu[transformers]'"
+        ) from None
+    # as it is: a table that is wider than the terminal is still one that other programs can read
+    typer.echo(report_config(config, implementation=implementation, accelerated=accelerate))
+
+
 @app.command(
     context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
     options_metavar="[OPTIONS]",

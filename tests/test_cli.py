@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,7 +56,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_lists_the_commands(moe_npu: Callable[..., Result]) -> None:
     result = moe_npu("--help")
     assert result.returncode == 0
-    for command in ("demo", "quantize", "inspect"):
+    for command in ("demo", "quantize", "inspect", "report"):
         assert command in result.stdout
 
 
@@ -64,6 +66,7 @@ def test_help_lists_the_commands(moe_npu: Callable[..., Result]) -> None:
         ("demo", ["--steps", "--out", "--seed", "--device", "Python standard library"]),
         ("quantize", ["SRC", "DST", "--scheme", "w4a16", "w8a8", "--group-size", "from_pretrained"]),
         ("inspect", ["SRC", "experts"]),
+        ("report", ["CONFIG", "--implementation", "--accelerate", "no weights are needed"]),
     ],
 )
 def test_help_of_a_command_says_what_it_takes(moe_npu: Callable[..., Result], command: str, words: list[str]) -> None:
@@ -84,6 +87,37 @@ def test_quantize_then_inspect(moe_npu: Callable[..., Result], source: Path, tmp
     assert "model.layers.*.mlp.experts.*.down_proj.weight_scale" in result.stdout
 
 
+class TestReport:
+    def test_of_a_folder_without_weights(self, moe_npu: Callable[..., Result], source: Path, tmp_path: Path) -> None:
+        shutil.copy(source / "config.json", tmp_path)
+        result = moe_npu("report", tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "Qwen3MoeForCausalLM: moe_npu computes 2 of 2 MoE layers" in result.stdout
+        assert "model.layers.{0,1}.mlp.experts" in result.stdout
+        result = moe_npu("report", tmp_path / "config.json", "--implementation", "eager")
+        assert "computes 0 of 2" in result.stdout and "experts_implementation is 'eager'" in result.stdout
+
+    def test_of_a_quantized_checkpoint(self, moe_npu: Callable[..., Result], source: Path, tmp_path: Path) -> None:
+        moe_npu("quantize", source, tmp_path / "w8a8", "--scheme", "w8a8")
+        result = moe_npu("report", tmp_path / "w8a8")
+        assert result.returncode == 0, result.stderr
+        assert "computes 2 of 2" in result.stdout
+        assert result.stdout.splitlines()[3].split()[-1] == "w8a8"
+
+    def test_accelerate_shows_adapters(self, moe_npu: Callable[..., Result], tmp_path: Path) -> None:
+        config = {"model_type": "jetmoe", "num_hidden_layers": 2, "architectures": ["JetMoeForCausalLM"]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert "moe_npu.accelerate(model) puts an adapter" in moe_npu("report", tmp_path).stdout
+        assert "GroupedJetMoeMoA" in moe_npu("report", tmp_path, "--accelerate").stdout
+
+    def test_code_of_a_checkpoint_is_not_run(self, moe_npu: Callable[..., Result], tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "new", "auto_map": {"AutoConfig": "evil.C"}}))
+        (tmp_path / "evil.py").write_text("raise SystemExit('executed')")
+        result = moe_npu("report", tmp_path)
+        assert result.returncode == 2
+        assert "no model_type 'new', and code that comes with a checkpoint is not run" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,6 +129,9 @@ def test_quantize_then_inspect(moe_npu: Callable[..., Result], source: Path, tmp
             ["quantize", "{source}", "dst", "--scheme", "w8a8", "--group-size", "64"], "group_size", id="option"
         ),
         pytest.param(["inspect", "nowhere"], "nowhere is not a folder", id="inspect"),
+        pytest.param(["report", "nowhere"], "nowhere is neither a folder with config.json", id="report"),
+        pytest.param(["report", "{source}/model.safetensors"], "is not JSON", id="report-weights"),
+        pytest.param(["report", "{source}", "--implementation", "warp"], "warp", id="report-implementation"),
         pytest.param(["demo", "--out", "{source}"], "is not the folder of a demo run", id="demo-out"),
         pytest.param(["demo", "--out", "x", "--device", "warp"], "warp", id="demo-device"),
         pytest.param(["demo", "--steps", "0"], "--steps", id="demo-steps"),

@@ -1,8 +1,8 @@
 """Register with transformers when it is imported, and never import it for those who do not use it.
 
-``moe_npu.layers.hf`` and ``moe_npu.layers.hf_quantizer`` add themselves to registries that live in two modules of
-transformers. Where such a module is loaded already, ours is imported at once; otherwise the finder below waits on
-``sys.meta_path``, lets the regular import run, and imports ours right after it.
+Our integration modules add themselves to registries that live in modules of transformers. Where such a module is
+loaded already, ours is imported at once; otherwise the finder below waits on ``sys.meta_path``, lets the regular import
+run, and imports ours right after it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
+_OLDEST = "5.0"
 _FOLLOWERS = {
     "transformers.integrations.moe": "moe_npu.layers.hf",
+    "transformers.integrations.finegrained_fp8": "moe_npu.layers.hf_fp8",
+    "transformers.modeling_utils": "moe_npu.layers.hf_legacy",
     "transformers.quantizers.auto": "moe_npu.layers.hf_quantizer",
 }
 
@@ -27,7 +30,11 @@ def _import_follower(follower: str) -> None:
     try:
         importlib.import_module(follower)
     except ImportError as error:
-        message = f"experts_implementation='moe_npu' is not available: moe_npu needs transformers>=5.23 ({error})"
+        version = getattr(sys.modules["transformers"], "__version__", "of unknown version")
+        message = (
+            f"experts_implementation='moe_npu' is not available: it needs transformers>={_OLDEST}, but transformers "
+            f"{version} is installed ({error}); moe_npu.ops and moe_npu.layers work without"
+        )
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 

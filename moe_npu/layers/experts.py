@@ -7,25 +7,43 @@ import math
 import torch
 from torch import nn
 
+from moe_npu.layers._lora import with_lora
 from moe_npu.layers._precision import grouped_linear
-from moe_npu.layers.activations import GatedActivation, get_activation
+from moe_npu.layers.activations import Activation, get_activation
 
 
 class GroupedExperts(nn.Module):
-    """E gated feed-forward networks, computed by two grouped matmuls.
+    """E feed-forward networks, computed by two grouped matmuls.
 
-    ``down_proj[e] @ (act(gate) * up)`` with ``gate, up`` the halves of ``gate_up_proj[e] @ x``. The parameters are
-    those of transformers' experts: ``gate_up_proj [E, 2I, H]``, ``down_proj [E, H, I]`` and, with ``bias``,
-    ``gate_up_proj_bias [E, 2I]``, ``down_proj_bias [E, H]``.
+    With a gate ``down_proj[e] @ (act(gate) * up)``, where ``gate, up`` are the halves of ``gate_up_proj[e] @ x``;
+    without ``down_proj[e] @ act(up_proj[e] @ x)``. The parameters are those of transformers' experts, experts first:
+
+    ======================  ==============================  =========================
+    parameter               shape                           exists
+    ======================  ==============================  =========================
+    ``gate_up_proj``        ``[E, 2I, H]``, gate first      with a gate
+    ``up_proj``             ``[E, I, H]``                   without a gate
+    ``down_proj``           ``[E, H, I]``                   always
+    ``gate_up_proj_bias``   ``[E, 2I]``                     with a gate; else None
+    ``up_proj_bias``        ``[E, I]``                      without a gate; else None
+    ``down_proj_bias``      ``[E, H]``                      always; None without bias
+    ======================  ==============================  =========================
 
     Args:
         num_experts: E.
         hidden_size: H.
         intermediate_size: I.
-        activation: name of a gated activation, or a callable ``[R, 2I] -> [R, I]``.
+        activation: name of an activation, or a callable: ``[R, 2I] -> [R, I]`` with a gate, ``[R, I] -> [R, I]``
+            without.
         bias: whether both projections have a bias.
+        has_gate: whether the experts have a gate.
+        post_norm: applied to the results of the experts ``[R, H]``, before they are weighted (Muse Spark); one for all
+            experts.
         device: device of the parameters.
         dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: there is no such activation, or it is not one for experts with, or without, a gate.
     """
 
     def __init__(
@@ -34,8 +52,10 @@ class GroupedExperts(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         *,
-        activation: str | GatedActivation = "silu",
+        activation: str | Activation = "silu",
         bias: bool = False,
+        has_gate: bool = True,
+        post_norm: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -43,20 +63,31 @@ class GroupedExperts(nn.Module):
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
-        self.activation = get_activation(activation)
+        self.has_gate = has_gate
+        self.activation = get_activation(activation, has_gate=has_gate)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
 
-        self.gate_up_proj = parameter(2 * intermediate_size, hidden_size)
+        if has_gate:
+            self.gate_up_proj = parameter(2 * intermediate_size, hidden_size)
+            self.gate_up_proj_bias = parameter(2 * intermediate_size) if bias else None
+        else:
+            self.up_proj = parameter(intermediate_size, hidden_size)
+            self.up_proj_bias = parameter(intermediate_size) if bias else None
         self.down_proj = parameter(hidden_size, intermediate_size)
-        self.gate_up_proj_bias = parameter(2 * intermediate_size) if bias else None
         self.down_proj_bias = parameter(hidden_size) if bias else None
+        self.post_norm = post_norm
         self.reset_parameters()
 
+    @property
+    def weight_names(self) -> tuple[str, str]:
+        """The names of both weights: ``"gate_up_proj"`` or ``"up_proj"``, and ``"down_proj"``."""
+        return ("gate_up_proj" if self.has_gate else "up_proj"), "down_proj"
+
     def reset_parameters(self) -> None:
-        """Fill every expert as ``nn.Linear`` does."""
-        for name in ("gate_up_proj", "down_proj"):
+        """Fill every expert as ``nn.Linear`` does. The norm fills itself."""
+        for name in self.weight_names:
             weight, bias = getattr(self, name), getattr(self, f"{name}_bias")
             bound = 1 / math.sqrt(weight.size(-1))
             nn.init.uniform_(weight, -bound, bound)
@@ -73,13 +104,34 @@ class GroupedExperts(nn.Module):
         Returns:
             ``[R, H]``, dtype of the weights, or that of autocast where it is on.
         """
-        gate_up = grouped_linear(hidden_states, self.gate_up_proj.mT, expert_tokens, self.gate_up_proj_bias)  # [R, 2I]
-        rows = self.activation(gate_up)  # [R, I]
-        return grouped_linear(rows, self.down_proj.mT, expert_tokens, self.down_proj_bias)  # [R, H]
+        if self.has_gate:
+            rows = self._linear("gate_up_proj", self.gate_up_proj, self.gate_up_proj_bias, hidden_states, expert_tokens)
+        else:
+            rows = self._linear("up_proj", self.up_proj, self.up_proj_bias, hidden_states, expert_tokens)
+        rows = self.activation(rows)  # [R, I]
+        rows = self._linear("down_proj", self.down_proj, self.down_proj_bias, rows, expert_tokens)  # [R, H]
+        if self.post_norm is None:
+            return rows
+        # rows of no expert are undefined, also in backward, and would reach the gradient of the norm's weight
+        is_undefined = torch.arange(rows.size(0), device=rows.device) >= expert_tokens.sum()
+        output: torch.Tensor = self.post_norm(rows.masked_fill(is_undefined.unsqueeze(1), 0))
+        return output
+
+    def _linear(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        rows: torch.Tensor,
+        expert_tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        y = grouped_linear(rows, weight.mT, expert_tokens, bias)
+        return with_lora(self, name, rows, expert_tokens, y)
 
     def extra_repr(self) -> str:
         """The sizes."""
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}, bias={self.gate_up_proj_bias is not None}"
+            f"intermediate_size={self.intermediate_size}, has_gate={self.has_gate}, "
+            f"bias={self.down_proj_bias is not None}"
         )

@@ -63,7 +63,7 @@ class MoeNpuHfQuantizer(HfQuantizer):
         for module in model.modules():
             if not hasattr(module, "_apply_gate") or not hasattr(module, "is_transposed"):
                 continue  # not an experts module
-            if module.is_transposed or module.has_bias or not module.has_gate:
+            if module.is_transposed or module.has_bias or not hf.flag(module, "has_gate"):
                 raise ValueError(
                     f"{type(module).__name__} cannot be loaded quantized: its weights are transposed, ungated or biased"
                 )

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from moe_npu import ops
+from moe_npu.layers._lora import lora_settings, with_lora
 from moe_npu.layers._precision import half_precision
-from moe_npu.layers.activations import GatedActivation, get_activation
+from moe_npu.layers.activations import Activation, get_activation
 from moe_npu.layers.experts import GroupedExperts
 from moe_npu.quant import QuantizedRows, QuantizedWeight, QuantScheme
 
@@ -39,7 +40,7 @@ class QuantizedExperts(nn.Module):
         intermediate_size: int,
         *,
         scheme: QuantScheme,
-        activation: str | GatedActivation = "silu",
+        activation: str | Activation = "silu",
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
@@ -62,10 +63,16 @@ class QuantizedExperts(nn.Module):
         """The quantized twin of ``experts``.
 
         Raises:
-            ValueError: the experts have a bias, or weights that the scheme cannot store.
+            ValueError: the experts have a bias, no gate, or a norm, or weights that the scheme cannot store.
         """
-        if experts.gate_up_proj_bias is not None:
-            raise ValueError("experts with a bias cannot be quantized yet")
+        obstacles = {
+            "a bias": experts.down_proj_bias is not None,
+            "no gate": not experts.has_gate,
+            "a post_norm": experts.post_norm is not None,
+        }
+        found = [obstacle for obstacle, is_there in obstacles.items() if is_there]
+        if found:
+            raise ValueError(f"experts with {' and '.join(found)} cannot be quantized to QuantizedExperts")
         quantized = cls(
             experts.num_experts,
             experts.hidden_size,
@@ -83,11 +90,12 @@ class QuantizedExperts(nn.Module):
     @property
     def takes_quantized_rows(self) -> bool:
         """Whether a dispatcher may quantize the rows, so that they are copied as int8."""
-        return self.scheme.takes_quantized_rows and self._is_swiglu
+        return self.scheme.takes_quantized_rows and self._is_one_mlp
 
     @property
-    def _is_swiglu(self) -> bool:
-        return self.activation is ops.npu_swiglu
+    def _is_one_mlp(self) -> bool:
+        # adapters add to each projection
+        return self.activation is ops.npu_swiglu and not lora_settings(self)
 
     def forward(self, hidden_states: torch.Tensor | QuantizedRows, expert_tokens: torch.Tensor) -> torch.Tensor:
         """Apply each expert to its rows.
@@ -100,14 +108,17 @@ class QuantizedExperts(nn.Module):
         Returns:
             ``[R, H]``, dtype of ``hidden_states``.
         """
-        if self._is_swiglu:
+        if self._is_one_mlp:
             return quantized_mlp(self, self.scheme, hidden_states, expert_tokens).to(hidden_states.dtype)
         assert not isinstance(hidden_states, QuantizedRows)
         rows = half_precision(hidden_states)  # [R, H]
-        gate_up = self.scheme.grouped_mm(rows, quantized_weight(self, "gate_up_proj"), expert_tokens)  # [R, 2I]
-        rows = self.activation(gate_up)  # [R, I]
-        rows = self.scheme.grouped_mm(rows, quantized_weight(self, "down_proj"), expert_tokens)  # [R, H]
+        rows = self.activation(self._linear("gate_up_proj", rows, expert_tokens))  # [R, I]
+        rows = self._linear("down_proj", rows, expert_tokens)  # [R, H]
         return rows.to(hidden_states.dtype)
+
+    def _linear(self, name: str, rows: torch.Tensor, expert_tokens: torch.Tensor) -> torch.Tensor:
+        y = self.scheme.grouped_mm(rows, quantized_weight(self, name), expert_tokens)
+        return with_lora(self, name, rows, expert_tokens, y)
 
     def extra_repr(self) -> str:
         """The sizes and the scheme."""

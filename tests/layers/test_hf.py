@@ -110,7 +110,7 @@ def test_generates_what_eager_generates(model: PreTrainedModel) -> None:
 
 def test_compiles_to_one_graph(model: PreTrainedModel) -> None:
     model.set_experts_implementation("moe_npu")
-    experts = next(module for module in model.modules() if hasattr(module, "down_proj") and hasattr(module, "has_gate"))
+    experts = next(module for module in model.modules() if hasattr(module, "_apply_gate"))
     x, ids = torch.randn(7, 32), torch.randint(0, 6, (7, 2))
     weights = torch.rand(7, 2)
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
@@ -125,28 +125,6 @@ def experts_module(**flags: bool) -> Qwen3MoeExperts:
     for name, value in flags.items():
         setattr(experts, name, value)
     return experts
-
-
-def both(experts: Qwen3MoeExperts, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    experts.config._experts_implementation = "eager"
-    expected = experts(*args)
-    experts.config._experts_implementation = "moe_npu"
-    return experts(*args), expected
-
-
-def test_expert_ids_beyond_the_local_experts_contribute_nothing() -> None:
-    experts = experts_module(_is_expert_parallel=True)
-    x = torch.randn(5, 16, requires_grad=True)
-    ids = torch.tensor([[0, 4], [4, 4], [1, 2], [3, 4], [2, 0]])
-    weights = torch.rand(5, 2, requires_grad=True)
-    actual, expected = both(experts, x, ids, weights)
-    torch.testing.assert_close(actual, expected)
-    inputs = [x, weights, *experts.parameters()]
-    grad = torch.randn_like(actual)
-    for a, b in zip(
-        torch.autograd.grad(actual, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
-    ):
-        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -227,16 +205,19 @@ def test_an_old_transformers_is_left_as_it_is(tmp_path: Path) -> None:
     """Whoever uses our operators only must not lose a transformers that our integration does not know."""
     package = tmp_path / "transformers" / "integrations"
     package.mkdir(parents=True)
-    (tmp_path / "transformers" / "__init__.py").touch()
+    (tmp_path / "transformers" / "__init__.py").write_text("__version__ = '4.57.0'")
     (package / "__init__.py").touch()
     (package / "moe.py").write_text("usable = True")
     code = (
         f"import sys, warnings; sys.path.insert(0, {str(tmp_path)!r}); import moe_npu\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always'); import transformers.integrations.moe as m\n"
-        "print(m.usable, [str(w.message)[:49] for w in caught])"
+        "print(m.usable, *[w.message for w in caught])"
     )
-    assert run(code) == "True [\"experts_implementation='moe_npu' is not available\"]"
+    said = run(code)
+    assert said.startswith("True experts_implementation='moe_npu' is not available: it needs transformers>=5.0, but ")
+    assert "transformers 4.57.0 is installed" in said
+    assert "moe_npu.ops and moe_npu.layers work without" in said
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
@@ -244,13 +225,14 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     model.set_experts_implementation("moe_npu")
     ids = torch.randint(0, 96, (2, 9))
     expected = loss_and_grads(model, ids)[1]
-    model.activation_checkpointing_enable()
+    # the newer name, of which the older one warns
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     for name, grad in loss_and_grads(model, ids)[1].items():
         torch.testing.assert_close(grad, expected[name])
 
 
 def test_an_unknown_implementation_is_still_refused() -> None:
-    with pytest.raises(ValueError, match="moe_npu"):
+    with pytest.raises(ValueError, match='"moe-npu"'):
         FAMILIES["mixtral"]().set_experts_implementation("moe-npu")
 
 

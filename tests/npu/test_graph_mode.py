@@ -130,7 +130,7 @@ def layer() -> nn.Module:
     return moe_npu.MoE(
         moe_npu.SoftmaxTopKRouter(H, E, K, norm_topk_prob=True, dtype=torch.bfloat16),
         moe_npu.GroupedExperts(E, H, INTER, bias=True, dtype=torch.bfloat16),
-        shared_expert=moe_npu.SharedExpert(H, INTER, has_gate=True, dtype=torch.bfloat16),
+        shared_expert=moe_npu.SharedExpert(H, INTER, has_output_gate=True, dtype=torch.bfloat16),
     ).npu()
 
 
