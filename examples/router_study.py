@@ -161,7 +161,7 @@ def plot(studies: list[Study], path: Path) -> None:
     for axes in (losses, imbalance):
         axes.set_xlabel("step (mean of the last 10)")
         axes.grid(alpha=0.3)
-    imbalance.legend()
+    losses.legend()  # above the curves, which leave room there
     axes = figure.add_subplot(load)
     rows = torch.stack([share for study in studies for share in study.shares])
     image = axes.imshow(rows.numpy(), cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
@@ -197,9 +197,8 @@ def main() -> None:
         dead = sum(len(load.dead_experts) for load in study.loads)
         print(f"{study.name:<22} {study.held_out:13.3f} {worst:9.2f} {entropy:8.3f} {dead:5} {study.seconds:6.1f}")
     plot(studies, args.picture)
-    print(
-        f"\nmax/mean, entropy: of the worst layer on held-out text; dead: experts without a token\npicture: {args.picture}"
-    )
+    print("\nmax/mean, entropy: of the worst layer on held-out text; dead: experts without a token")
+    print(f"picture: {args.picture}")
 
 
 if __name__ == "__main__":

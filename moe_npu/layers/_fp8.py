@@ -96,7 +96,6 @@ def _as_float(scale: torch.Tensor) -> torch.Tensor:
 
 
 class _Fp8GroupedMm(torch.autograd.Function):
-    # not the newer setup_context: Dynamo instantiates the class for it, and torch warns
     @staticmethod
     def forward(
         ctx: Any, rows: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor, expert_tokens: torch.Tensor

@@ -21,8 +21,8 @@ _PREFIXES = (["module"], ["base_model", "model"])
 _EXPERTS_FLAGS = ("has_gate", "is_transposed", "_is_expert_parallel")
 
 DID_NOT_RUN = (
-    "it did not run in the context, or was compiled before; compiled code does not notice hooks that come later, so "
-    "compile inside the context, or call torch.compiler.reset() at its beginning"
+    "it did not run in the context, or runs code that was compiled before, which does not notice hooks that come "
+    "later; compile inside the context, or call torch.compiler.reset() at its beginning"
 )
 
 RoutingVisitor = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

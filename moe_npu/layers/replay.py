@@ -13,13 +13,12 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from moe_npu.layers._routed_layers import (
     DID_NOT_RUN,
@@ -239,7 +238,8 @@ def force_balanced(model: nn.Module, *, weights: Literal["uniform", "router"] = 
         yield
 
 
-_Attach = Callable[[RoutedLayer, int], list[RemovableHandle]]
+# attaches the visitor of a number to a layer, and returns what takes it off again
+_Attach = Callable[[RoutedLayer, int], Callable[[], None]]
 
 
 @contextmanager
@@ -253,49 +253,59 @@ def _hooked(
                 f"layer {name!r} has its experts on several ranks, where ids are those of one rank; record and replay "
                 "need a model without expert parallelism of transformers"
             )
-    handles: list[RemovableHandle] = []
-    numbers = [next(_numbers) for _ in layers]
-    try:
-        for number, (name, layer) in zip(numbers, layers.items(), strict=True):
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            number = next(_numbers)
             _VISITORS[number] = visitors[name]
-            handles += attach(layer, number)
+            stack.callback(_VISITORS.pop, number)
+            stack.callback(attach(layer, number))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for number in numbers:
-            _VISITORS.pop(number, None)
 
 
-def _pass_through(layer: RoutedLayer, number: int) -> list[RemovableHandle]:
+def _pass_through(layer: RoutedLayer, number: int) -> Callable[[], None]:
     """The visitor sees the routing; the ids come back through the operator, which could be left out otherwise."""
 
     def visitor(topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> _Pair:
         return _exchange_op(topk_ids, topk_weights.detach(), number)[0], topk_weights
 
-    return [visit_routing(layer, visitor)]
+    return visit_routing(layer, visitor).remove
 
 
-def _give(layer: RoutedLayer, number: int) -> list[RemovableHandle]:
+def _give(layer: RoutedLayer, number: int) -> Callable[[], None]:
     """The visitor gives ids and weights."""
 
     def visitor(topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> _Pair:
         topk_ids, topk_weights = _exchange_op(topk_ids, topk_weights.detach(), number)
         return topk_ids, topk_weights
 
-    return [visit_routing(layer, visitor)]
+    return visit_routing(layer, visitor).remove
 
 
-def _force(top_ks: Mapping[str, int], layer: RoutedLayer, number: int) -> list[RemovableHandle]:
+def _force(top_ks: Mapping[str, int], layer: RoutedLayer, number: int) -> Callable[[], None]:
     """The visitor gives the ids, the router the weights for these; ``top_ks`` are those K that are known."""
     if isinstance(layer.module, Router):
-        return [layer.module.register_forward_hook(_route_again(number), with_kwargs=True)]
+        return layer.module.register_forward_hook(_route_again(number), with_kwargs=True).remove
     mode = _ForcedTopK(layer, number, top_ks.get(layer.name))
-    return [
-        layer.block.register_forward_pre_hook(mode.before_block),
-        layer.block.register_forward_hook(mode.after_block, always_call=True),
-        visit_routing(layer, mode.at_experts),
-    ]
+    handle = visit_routing(layer, mode.at_experts)
+    block: Any = layer.block
+    forward, has_own = block.forward, "forward" in vars(block)
+
+    # not a pair of hooks: a context manager also ends with an error
+    @functools.wraps(forward)
+    def forced(*args: Any, **kwargs: Any) -> Any:
+        mode.forced.clear()
+        with mode:
+            return forward(*args, **kwargs)
+
+    def remove() -> None:
+        handle.remove()
+        if has_own:
+            block.forward = forward
+        else:
+            del block.forward
+
+    block.forward = forced
+    return remove
 
 
 def _route_again(number: int) -> Callable[..., RouterOutput]:
@@ -321,18 +331,11 @@ class _ForcedTopK(TorchFunctionMode):
         self._name = layer.name
         self._num_experts = layer.num_experts
         self._number = number
-        self._forced: dict[int, torch.Tensor] = {}  # by K: a group score can look like a choice with another K
-
-    def before_block(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._forced.clear()
-        self.__enter__()
-
-    def after_block(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.__exit__(None, None, None)
+        self.forced: dict[int, torch.Tensor] = {}  # by K: a group score can look like a choice with another K
 
     def at_experts(self, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> _Pair:
         """Check that the choice was made under this mode."""
-        forced = self._forced.get(topk_ids.size(1))
+        forced = self.forced.get(topk_ids.size(1))
         if forced is None:
             raise RuntimeError(
                 f"layer {self._name!r} does not choose by torch.topk over {self._num_experts} experts, so that its "
@@ -353,8 +356,8 @@ class _ForcedTopK(TorchFunctionMode):
         is_choice = scores.size(-1) in (self._num_experts, self._num_experts + 1)
         if not is_choice or self._top_k not in (None, top_k):
             return result
-        if top_k not in self._forced:
+        if top_k not in self.forced:
             choice = _exchange_op(ids.reshape(-1, top_k), values.detach().reshape(-1, top_k), self._number)
-            self._forced[top_k] = choice[0]
-        ids = self._forced[top_k].view(ids.shape)
+            self.forced[top_k] = choice[0]
+        ids = self.forced[top_k].view(ids.shape)
         return torch.return_types.topk((scores.gather(-1, ids), ids))

@@ -134,7 +134,7 @@ def results(experts: nn.Module, arguments: list[Tensor], implementation: str) ->
     y = experts(*arguments)
     leaves = {"hidden_states": hidden_states, "weights": weights, **dict(experts.named_parameters())}
     generator = torch.Generator().manual_seed(2)
-    dy = torch.randn(y.shape, generator=generator).to(torch.bfloat16).to(y.dtype)
+    dy = torch.randn(y.shape, generator=generator).to(torch.bfloat16).to(y)
     grads = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
     # eager leaves the parameters of experts without tokens out of the graph
     filled = (torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves.values(), grads))  # noqa: B905

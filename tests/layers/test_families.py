@@ -248,7 +248,9 @@ def moe_layers(config: object, block: str) -> tuple[set[int], int]:
 SMALL = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "q_lora_rank", "kv_lora_rank"), 8),
-    **{"num_hidden_layers": 3, "head_dim": 16, "v_head_dim": 16},
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "v_head_dim": 16,
 }
 SAVED = [
     "afmoe.AfmoeSparseMoeBlock", "aria.AriaTextMoELayer", "cohere2_moe.Cohere2MoeSparseMoeBlock",

@@ -186,6 +186,8 @@ class TestTrackExpertLoad:
         assert loads[""].counts.tolist() == expected_counts(ids, 8)
 
     def test_native_layers_have_the_name_of_their_block(self) -> None:
+        torch.compiler.reset()
+
         def layer() -> moe_npu.MoE:
             return moe_npu.MoE(moe_npu.SoftmaxTopKRouter(H, E, K, norm_topk_prob=True), moe_npu.GroupedExperts(E, H, 8))
 
@@ -208,6 +210,7 @@ class TestTrackExpertLoad:
         assert loads["model.layers.0.mlp"].counts.sum() == 6
 
     def test_compiled_inside_and_before(self) -> None:
+        torch.compiler.reset()
         block, x = qwen().model.layers[0].mlp, torch.randn(1, 5, 32)
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
         with track_expert_load(block) as loads:

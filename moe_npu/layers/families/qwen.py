@@ -38,7 +38,7 @@ def _layer(config: Config, *, norm_topk_prob: bool, intermediate_size: int, has_
         router=partial(SoftmaxTopKRouter, *routing_sizes(config), norm_topk_prob=norm_topk_prob),
         experts=grouped_experts(config, intermediate_size),
         layout=STACKED,
-        checkpoint=None,
+        checkpoint=PER_EXPERT,
         shared_expert=shared,
         tensors=tensors,
     )

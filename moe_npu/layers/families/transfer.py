@@ -13,7 +13,6 @@ from moe_npu.layers.families.base import (
     Config,
     Layer,
     Tensor,
-    family_names,
     get_family,
     read_config,
     refuse_block,
@@ -331,17 +330,3 @@ def _is_trained(module: nn.Module, layer: Layer, name: str) -> bool:
 def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")
-
-
-__all__ = [
-    "Config",
-    "describe",
-    "family_names",
-    "from_config",
-    "from_hf",
-    "hf_state_dict",
-    "is_moe_layer",
-    "load_hf_state_dict",
-    "router_from_hf",
-    "to_hf",
-]

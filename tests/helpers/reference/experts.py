@@ -54,7 +54,7 @@ def expert(experts: nn.Module, act: Callable[[Tensor], Tensor], index: int, x: T
     y = experts.down_proj[index].double() @ act(rows)
     if experts.down_proj_bias is not None:
         y = y + experts.down_proj_bias[index].double()
-    if experts.post_norm is not None:  # an nn.RMSNorm
+    if experts.post_norm is not None:  # an RMS norm
         y = y / (y.square().mean() + experts.post_norm.eps).sqrt() * experts.post_norm.weight.double()
     return y
 
