@@ -44,12 +44,13 @@ def train(
     text: torch.Tensor,
     *,
     steps: int,
+    batch_size: int,
     learning_rate: float,
-    batch_size: int = 16,
 ) -> None:
     model.train()
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2), pct_start=0.1)
+    # up over twenty steps, then down to zero
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
     for step in range(steps):
         ids = batch(text, batch_size, seed=step).to(model.device)
         optimizer.zero_grad()
@@ -75,8 +76,9 @@ def experts_megabytes(model: PreTrainedModel) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=200, help="of the training of the float model")
-    parser.add_argument("--lora-steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=150, help="of the training of the float model")
+    parser.add_argument("--lora-steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rank", type=int, default=8)
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -113,7 +115,8 @@ def main() -> None:
         model.config.output_router_logits = True
 
     start = time.perf_counter()
-    train(model, list(model.parameters()), texts["code"][0], steps=args.steps, learning_rate=3e-3)
+    code, prose = texts["code"][0], texts["prose"][0]
+    train(model, list(model.parameters()), code, steps=args.steps, batch_size=args.batch_size, learning_rate=3e-3)
     report("float, on code", model, model.num_parameters(), time.perf_counter() - start)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +129,7 @@ def main() -> None:
     start = time.perf_counter()
     add_lora(model, rank=args.rank, alpha=2 * args.rank)  # freezes all else
     adapters = lora_parameters(model)
-    train(model, adapters, texts["prose"][0], steps=args.lora_steps, learning_rate=1e-2)
+    train(model, adapters, prose, steps=args.lora_steps, batch_size=args.batch_size, learning_rate=1e-2)
     report("w4a16 + LoRA, on prose", model, sum(p.numel() for p in adapters), time.perf_counter() - start)
     saved = lora_state_dict(model)
     size = sum(tensor.numel() * tensor.element_size() for tensor in saved.values())

@@ -5,10 +5,8 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
-import os
 import pkgutil
 import re
-import subprocess
 import sys
 from pathlib import Path
 

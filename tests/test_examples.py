@@ -48,7 +48,7 @@ def check_answers(text: str) -> None:
 def check_adapters(text: str) -> None:
     before = numbers(r"w4a16 +0 +\S+ MB +\S+ +(\S+)", text)[0]
     after = numbers(r"w4a16 \+ LoRA, on prose +[\d,]+ +\S+ MB +\S+ +(\S+)", text)[0]
-    assert after < before - 0.1
+    assert after < before - 0.05
 
 
 def check_replay(text: str) -> None:
@@ -58,7 +58,7 @@ def check_replay(text: str) -> None:
 
 def check_routers(text: str) -> None:
     imbalance = {name: numbers(rf"(?m)^{name} +\S+ +(\S+)", text)[0] for name in ("sigmoid", "sigmoid, bias update")}
-    assert imbalance["sigmoid, bias update"] < imbalance["sigmoid"]
+    assert imbalance["sigmoid, bias update"] < imbalance["sigmoid"] - 0.5
 
 
 EXAMPLES = {
@@ -72,9 +72,9 @@ EXAMPLES = {
         check=check_losses,
     ),
     "layer_from_scratch": Example(),
-    "lora_over_w4a16": Example(("--steps", "10", "--lora-steps", "20"), check=check_adapters),
+    "lora_over_w4a16": Example(("--steps", "20", "--lora-steps", "30", "--batch-size", "4"), check=check_adapters),
     "quantize_checkpoint": Example(),
-    "router_study": Example(("--steps", "60"), files=("routers.png",), check=check_routers),
+    "router_study": Example(("--steps", "20"), files=("routers.png",), check=check_routers),
     "routing_replay": Example(("--steps", "2", "--tokens", "12"), check=check_replay),
     "transformers_model": Example(),
 }

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_npu.demo.corpus import decode, encode
+from moe_npu.layers.stats import ExpertLoad, track_expert_load
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,12 @@ def bits_per_byte(model: Any, windows: torch.Tensor, *, batch_size: int = 16) ->
 
 
 @torch.inference_mode()
-def expert_load(model: Any, windows: torch.Tensor, *, batch_size: int = 16) -> torch.Tensor:
-    """Share of the routed tokens that each expert got, relative to an even split: ``[layers, experts]``, 1 is even."""
-    counts: list[torch.Tensor] = []
-    for ids in windows.split(batch_size):
-        router_logits = model(input_ids=ids, output_router_logits=True).router_logits
-        chosen = [logits.topk(model.config.num_experts_per_tok).indices.flatten() for logits in router_logits]
-        counts.append(torch.stack([ids.bincount(minlength=model.config.num_experts) for ids in chosen]))
-    load = torch.stack(counts).sum(0).cpu().double()
-    return load / load.mean(-1, keepdim=True)
+def expert_load(model: Any, windows: torch.Tensor, *, batch_size: int = 16) -> dict[str, ExpertLoad]:
+    """The tokens that each expert got, by layer."""
+    with track_expert_load(model) as loads:
+        for ids in windows.split(batch_size):
+            model(input_ids=ids)
+    return loads
 
 
 @torch.inference_mode()

@@ -1,20 +1,14 @@
-"""The two pictures of the demo."""
+"""The picture of the training."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from moe_npu.demo.training import History
-
-
-def _save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure)  # draws without a display, and leaves the user's pyplot alone
-    figure.savefig(path, dpi=150)
 
 
 def plot_loss(history: History, path: Path) -> None:
@@ -35,24 +29,5 @@ def plot_loss(history: History, path: Path) -> None:
     lines = [*axes.get_lines(), *balance.get_lines()]
     axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right")
     axes.set_title("Qwen3-MoE on the Python standard library")
-    _save(figure, path)
-
-
-def plot_expert_load(load: torch.Tensor, path: Path) -> None:
-    """Heat map ``[layers, experts]`` of the load relative to an even split."""
-    num_layers, num_experts = load.shape
-    figure = Figure(figsize=(max(6.0, 0.45 * num_experts + 2), 0.5 * num_layers + 1.8), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(load.numpy(), cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
-    for layer in range(num_layers):
-        for expert in range(num_experts):
-            value = float(load[layer, expert])
-            shade = "white" if abs(value - 1) > 0.6 else "black"
-            axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade)
-    axes.set_xticks(range(num_experts))
-    axes.set_yticks(range(num_layers))
-    axes.set_xlabel("expert")
-    axes.set_ylabel("layer")
-    axes.set_title("Routed tokens per expert on held-out text, relative to an even split")
-    figure.colorbar(image, ax=axes, label="load (1 = even)")
-    _save(figure, path)
+    FigureCanvasAgg(figure)  # draws without a display, and leaves the user's pyplot alone
+    figure.savefig(path, dpi=150)

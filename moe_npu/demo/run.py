@@ -20,8 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from moe_npu.demo.corpus import Corpus
 from moe_npu.demo.evaluation import Evaluation, evaluate, expert_load
-from moe_npu.demo.plots import plot_expert_load, plot_loss
+from moe_npu.demo.plots import plot_loss
 from moe_npu.demo.training import Settings, Trainer
+from moe_npu.layers.stats import plot_expert_load
 from moe_npu.quant import get_scheme, quantize_checkpoint
 
 PROMPT = "    def __init__(self, name, value=None):\n"
@@ -151,7 +152,11 @@ def _train(settings: Settings, corpus: Corpus, windows: torch.Tensor, out: Path,
         trainer.train(on_step)
     plot_loss(trainer.history, out / "loss.png")
     model.eval()
-    plot_expert_load(expert_load(model, windows[:32]), out / "expert_load.png")
+    plot_expert_load(
+        expert_load(model, windows[:32]),
+        out / "expert_load.png",
+        title="Routed tokens per expert on held-out text, relative to an even split",
+    )
     partial = out / ".model.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(partial)

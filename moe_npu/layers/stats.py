@@ -302,6 +302,7 @@ def plot_expert_load(
     figure = Figure(figsize=(max(6.0, width + 2), max(height * len(counts), 0.5) + 1.8), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display, and leaves the user's pyplot alone
     axes = figure.subplots()
+    axes.set_facecolor("0.8")  # of experts that a layer does not have
     image = axes.imshow(load.numpy(), cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
     if has_numbers:
         for layer, row in enumerate(load.tolist()):

@@ -18,6 +18,7 @@ import torch
 from moe_npu.ops._errors import reject, require_device, require_dim, require_dtype
 from moe_npu.ops._library import register_op
 from moe_npu.ops._signature import typed
+from moe_npu.ops._top_k import stable_top_k
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _Gated = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -43,9 +44,8 @@ def _softmax(x: torch.Tensor) -> torch.Tensor:
 
 
 def _top_k(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    # torch.topk does not order ties: only a stable sort gives the lowest expert first
-    values, ids = torch.sort(scores, dim=-1, descending=True, stable=True)
-    return values[..., :k], ids[..., :k].to(torch.int32, memory_format=torch.contiguous_format)
+    values, ids = stable_top_k(scores, k)
+    return values, ids.to(torch.int32, memory_format=torch.contiguous_format)
 
 
 def _packed(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 from moe_npu.ops._errors import dtype_name, reject, require, require_device, require_dim, require_dtype
 from moe_npu.ops._library import register_op
 from moe_npu.ops._signature import typed
+from moe_npu.ops._top_k import stable_top_k
 from moe_npu.ops.gating_top_k_backward import SIGMOID, SOFTMAX, check_choices, check_range, gradient, is_normalized
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -121,16 +122,11 @@ def _scores(x: torch.Tensor, norm_type: int) -> torch.Tensor:
     return softplus.masked_fill(vanished, 1).sqrt().masked_fill(vanished, 0)
 
 
-def _best(scores: torch.Tensor, k: int) -> torch.Tensor:
-    # torch.topk does not order ties: only a stable sort gives the lowest first
-    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k]
-
-
 def _drop_groups(scores: torch.Tensor, k_group: int, group_count: int, group_select_mode: int) -> torch.Tensor:
     """-inf for the experts of all but the k_group best groups."""
     grouped = scores.view(scores.size(0), group_count, scores.size(1) // group_count)
     group_scores = grouped.topk(1 if group_select_mode == _MAX_SUM else 2, dim=-1).values.sum(-1)
-    dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, _best(group_scores, k_group), False)
+    dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, stable_top_k(group_scores, k_group)[1], False)
     return grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).view(scores.shape)
 
 
@@ -164,7 +160,7 @@ def _cpu(
         biased = scores if bias is None else scores + bias.to(scores.dtype)
         if k_group < group_count:
             biased = _drop_groups(biased, k_group, group_count, group_select_mode)
-        expert_idx = _best(biased, k)
+        expert_idx = stable_top_k(biased, k)[1]
     weights = scores.gather(1, expert_idx)
     if is_normalized(norm_type, renorm):
         weights = weights / (weights.sum(1, keepdim=True) + eps)
@@ -218,9 +214,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Gated) -> None:
     # not norm_out: without out_flag it is unwritten memory on device, and torch_npu's own gradient is silently garbage
     ctx.save_for_backward(inputs[0], output[1])
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)  # zeros for results without a gradient would be launches on a device
 
 
-def _backward(ctx: Any, dy: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, dy: torch.Tensor | None, *_: torch.Tensor) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 13
     x, expert_idx = ctx.saved_tensors
     scores = _scores(x, ctx.norm_type)
     dx = gradient(scores, dy, expert_idx, ctx.renorm, ctx.norm_type, ctx.routed_scaling_factor, ctx.eps)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from moe_npu.layers import routers as ours
 
@@ -28,17 +24,12 @@ def router_classes() -> list[str]:
     """``family.ClassName`` of each class that is called a router, or is part of an MoE layer and chooses experts."""
     found = []
     for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
-        source = path.read_text()
-        if not re.search(r"(Router|Gating)\(|topk|argmax", source):  # parsing is slow
-            continue
-        for node in ast.parse(source).body:
-            if not isinstance(node, ast.ClassDef):
-                continue
-            called = {ast.unparse(call.func).split(".")[-1] for call in ast.walk(node) if isinstance(call, ast.Call)}
-            is_named_so = re.search(r"(Router|Gating)$", node.name)
-            is_in_a_layer = re.search(r"(MoE|Moe|Gate|FFN|Experts|SparseMLP)(V\d+)?(Gate|Block|Layer|MLP)?$", node.name)
-            if is_named_so or (is_in_a_layer and called & {"topk", "argmax"}):
-                found.append(f"{path.parent.name}.{node.name}")
+        for definition in re.split(r"^(?=class )", path.read_text(), flags=re.MULTILINE)[1:]:  # parsing would be slow
+            name = re.match(r"class (\w+)", definition)[1]
+            is_named_so = re.search(r"(Router|Gating)$", name)
+            is_in_a_layer = re.search(r"(MoE|Moe|Gate|FFN|Experts|SparseMLP)(V\d+)?(Gate|Block|Layer|MLP)?$", name)
+            if is_named_so or (is_in_a_layer and re.search(r"\b(topk|argmax)\(", definition)):
+                found.append(f"{path.parent.name}.{name}")
     return found
 
 
@@ -145,17 +136,17 @@ class Case(NamedTuple):
     has_order: bool = True  # random numbers aside
 
 
-def _sizes(c: Config) -> tuple[int, int, int]:
+def sizes(c: Config) -> tuple[int, int, int]:
     return c.hidden_size, c.num_experts, c.num_experts_per_tok
 
 
 def _softmax(c: Config, **options: Any) -> ours.LinearRouter:
-    return ours.SoftmaxTopKRouter(*_sizes(c), **{"norm_topk_prob": c.norm_topk_prob, **options})
+    return ours.SoftmaxTopKRouter(*sizes(c), **{"norm_topk_prob": c.norm_topk_prob, **options})
 
 
 def _sigmoid(c: Config, **options: Any) -> ours.LinearRouter:
     return ours.SigmoidTopKRouter(
-        *_sizes(c), **{"norm_topk_prob": True, "has_correction_bias": True, "norm_eps": 1e-20, **options}
+        *sizes(c), **{"norm_topk_prob": True, "has_correction_bias": True, "norm_eps": 1e-20, **options}
     )
 
 
@@ -170,7 +161,7 @@ def _groups(c: Config, **options: Any) -> ours.LinearRouter:
         "topk_groups": c.topk_group if c.n_group else 1,
         "scores_dtype": None,
     }
-    return ours.GroupLimitedRouter(*_sizes(c), **{**defaults, **options})
+    return ours.GroupLimitedRouter(*sizes(c), **{**defaults, **options})
 
 
 def _deepseek_v2(c: Config) -> ours.LinearRouter:
@@ -196,7 +187,7 @@ def _deepseek_v2(c: Config) -> ours.LinearRouter:
 def _deepseek_v4(c: Config, **options: Any) -> ours.LinearRouter:
     kind = ours.SqrtSoftplusRouter if c.scoring_func == "sqrtsoftplus" else ours.SigmoidTopKRouter
     return kind(
-        *_sizes(c),
+        *sizes(c),
         norm_topk_prob=True,
         norm_eps=1e-20,
         has_correction_bias=True,
@@ -208,7 +199,7 @@ def _deepseek_v4(c: Config, **options: Any) -> ours.LinearRouter:
 
 def _hashed(c: Config) -> ours.LinearRouter:
     return ours.HashRouter(
-        *_sizes(c),
+        *sizes(c),
         vocab_size=c.vocab_size,
         score_function={"sqrtsoftplus": "sqrt_softplus"}.get(c.scoring_func, c.scoring_func),
         routed_scaling_factor=c.routed_scaling_factor,
@@ -218,14 +209,14 @@ def _hashed(c: Config) -> ours.LinearRouter:
 
 def _cohere2(c: Config) -> ours.LinearRouter:
     if c.expert_selection_fn == "softmax":
-        return ours.TopKSoftmaxRouter(*_sizes(c), weights_dtype="input")
+        return ours.TopKSoftmaxRouter(*sizes(c), weights_dtype="input")
     return ours.SigmoidTopKRouter(
-        *_sizes(c), norm_topk_prob=c.norm_topk_prob, selects_by="logits", scores_dtype=None, weights_dtype="input"
+        *sizes(c), norm_topk_prob=c.norm_topk_prob, selects_by="logits", scores_dtype=None, weights_dtype="input"
     )
 
 
 def _top_k_softmax(c: Config, **options: Any) -> ours.LinearRouter:
-    return ours.TopKSoftmaxRouter(*_sizes(c), **options)
+    return ours.TopKSoftmaxRouter(*sizes(c), **options)
 
 
 def _scaled_sigmoid(scale: str, **options: Any) -> Build:
@@ -299,7 +290,7 @@ CASES = [
     ),
     Case(
         "diffusion_gemma.DiffusionGemmaTextRouter gemma4.Gemma4TextRouter",
-        lambda c: ours.Gemma4Router(*_sizes(c), rms_norm_eps=c.rms_norm_eps),
+        lambda c: ours.Gemma4Router(*sizes(c), rms_norm_eps=c.rms_norm_eps),
         is_probability=True,
     ),
     Case(
@@ -430,115 +421,10 @@ CASES = [
         _cohere2,
         ({}, *({"expert_selection_fn": "sigmoid", **norm} for norm in NORM)),
     ),
-    Case("llama4.Llama4Router", lambda c: ours.Llama4Router(*_sizes(c)), call=_llama4),
+    Case("llama4.Llama4Router", lambda c: ours.Llama4Router(*sizes(c)), call=_llama4),
     Case(
         "phimoe.PhimoeTopKRouter",
-        lambda c: ours.SparseMixerRouter(*_sizes(c), jitter_eps=c.router_jitter_noise),
+        lambda c: ours.SparseMixerRouter(*sizes(c), jitter_eps=c.router_jitter_noise),
         has_order=False,
     ),
 ]
-
-# ---------------------------------------------------------------- pairs of equal parameters
-
-_WEIGHTS = (
-    "weight",
-    "gate.weight",
-    "wg.weight",
-    "classifier.weight",
-    "layer.weight",
-    "proj.weight",
-    "router.layer.weight",
-)
-_BIASES = ("e_score_correction_bias", "moe_statics.e_score_correction_bias")
-
-
-class Pair(NamedTuple):
-    """A router of transformers, ours with the same parameters, and what the former takes besides tokens."""
-
-    theirs: nn.Module
-    ours: ours.LinearRouter
-    bias: Tensor
-    shared: dict[str, tuple[nn.Parameter, nn.Parameter]]
-
-
-def _get(module: nn.Module, names: tuple[str, ...]) -> Tensor | None:
-    for name in names:
-        try:
-            owner = module.get_submodule(name.rpartition(".")[0])
-        except AttributeError:
-            continue
-        if isinstance(getattr(owner, name.rpartition(".")[2], None), Tensor):
-            return getattr(owner, name.rpartition(".")[2])
-    return None
-
-
-def make_pair(case: Case, name: str, config: Config, dtype: torch.dtype, has_ties: bool = False) -> Pair:
-    """Both routers with parameters of ``dtype``, or float32 where theirs asks for it; small integers for ties."""
-    family, class_name = name.split(".")
-    cls = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), class_name)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        arguments = {
-            "JetMoeTopKGating": _sizes(config),
-            "HunYuanMoEV1Gate": (config, 0),
-        }.get(class_name, (config,))
-        theirs = cls(*arguments)
-        router = case.build(config)
-    finally:
-        torch.set_default_dtype(default)
-    weight, linear_bias, correction = (_get(theirs, names) for names in (_WEIGHTS, ("bias",), _BIASES))
-    shared = {"weight": (weight, router.weight)}
-    if router.bias is not None:
-        shared["bias"] = (linear_bias, router.bias)
-    for extra in ("scale", "per_expert_scale"):
-        if hasattr(router, extra):
-            shared[extra] = (getattr(theirs, extra), getattr(router, extra))
-    bias = 0.3 * torch.randn(config.num_experts) + config.mean_of_bias
-    if has_ties:
-        bias = torch.zeros(config.num_experts)
-    with torch.no_grad():
-        for key, (their, our) in shared.items():
-            value = torch.randn(their.shape) / (math.sqrt(config.hidden_size) if key == "weight" else 1)
-            their.copy_(value.round() if has_ties else value)
-            if our.dtype != their.dtype:
-                our.data = our.data.to(their.dtype)
-            our.copy_(their)
-        if correction is not None:
-            correction.copy_(bias.view(correction.shape))
-            bias = correction.reshape(-1).float()
-        if router.e_score_correction_bias is not None:
-            router.e_score_correction_bias.copy_(bias)
-        if isinstance(router, ours.HashRouter):
-            table = torch.rand(config.vocab_size, config.num_experts).argsort(1)[:, : config.num_experts_per_tok]
-            theirs.tid2eid.copy_(table)
-            router.tid2eid.copy_(table)
-    return Pair(theirs.eval(), router.eval(), bias, shared)
-
-
-class Choices(TorchFunctionMode):
-    """Records what ``topk`` is called with for the tokens; the last one is what experts are chosen by."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Tensor, int]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") == "topk" and args[0].dim() == 2:
-            self.calls.append((args[0].detach().clone(), args[1] if len(args) > 1 else kwargs["k"]))
-        return func(*args, **kwargs)
-
-    def expected_ids(self) -> Tensor:
-        """The best experts by what transformers ranks, ties to the lower expert."""
-        ranking, k = self.calls[-1]
-        return ranking.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-
-    def has_group_tie(self) -> Tensor:
-        """Tokens for which transformers takes one of several equal groups."""
-        ties = torch.zeros(len(self.calls[-1][0]), dtype=torch.bool)
-        for scores, k in self.calls[:-1]:
-            if k < scores.size(1):
-                best = scores.sort(dim=-1, descending=True).values
-                ties |= best[:, k - 1] == best[:, k]
-        return ties

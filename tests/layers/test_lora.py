@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import moe_npu
+from moe_npu.layers._lora import lora_settings
 from moe_npu.layers.hf_lora import load_peft_adapter, save_peft_adapter
 from moe_npu.layers.lora import (
     add_lora,
@@ -464,6 +465,10 @@ class TestPeft:
         assert first.keys() == second.keys()
         for name, value in first.items():
             assert_bits_equal(second[name], value)
+        again = ours(family)
+        load_peft_adapter(again, tmp_path / "ours")
+        for module, other in zip(model.modules(), again.modules(), strict=True):
+            assert lora_settings(module) == lora_settings(other)
         theirs = PeftModel.from_pretrained(make_model(family), tmp_path / "ours")
         with torch.no_grad():
             assert_same(logits(theirs), logits(model))

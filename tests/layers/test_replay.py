@@ -221,6 +221,17 @@ class TestReplay:
                 outputs.append(model(x))
         torch.testing.assert_close(outputs[0], outputs[1])
 
+    def test_adapters_and_wrappers_leave_the_names_alone(self) -> None:
+        peft = pytest.importorskip("peft")
+        record, ids = random_record([14]), prompt()
+        config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+        model = nn.ModuleDict({"module": peft.get_peft_model(qwen(), config)})
+        experts = dict(model.named_modules())["module.base_model.model.model.layers.0.mlp.experts.base_layer"]
+        assert type(experts).__name__ == "Qwen3MoeExperts"
+        with replay_routing(model, record, weights="router"), record_routing(model) as again:
+            model["module"](ids, labels=ids).loss.backward()
+        assert_ids_equal(again, record)
+
     def test_calls_in_their_order(self) -> None:
         model, record = qwen().eval(), random_record([14, 3, 3])
         with replay_routing(model, record, weights="router"), record_routing(model) as again, torch.no_grad():
@@ -309,6 +320,14 @@ class TestCheckpointing:
                 grads.append(found)
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b)
+
+    def test_a_step_at_a_time_never_reads_the_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(replay._Player, "_is_like", _fail)
+        layer, record = qwen().model.layers[0].mlp, random_record([5, 5, 5], [""])
+        with replay_routing(layer, record, weights="router"):
+            for _ in range(3):
+                x = torch.randn(1, 5, H, requires_grad=True)
+                checkpoint(layer, x, use_reentrant=False).sum().backward()
 
     def test_a_repeated_forward_that_routes_otherwise(self) -> None:
         layer, record = qwen().model.layers[0].mlp, random_record([5, 5], [""])

@@ -179,7 +179,9 @@ def test_load_copies_into_the_memory_of_the_parameters(name: str, bias: bool) ->
 def test_loading_allocates_nothing(name: str) -> None:
     class Allocations(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            known = {x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves(args) if type(x) is Tensor}
+            known = {
+                x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)
+            }
             out = func(*args, **(kwargs or {}))
             new.extend(x for x in torch.utils._pytree.tree_leaves(out) if x.untyped_storage().data_ptr() not in known)
             return out

@@ -147,11 +147,12 @@ def _is_among_heaviest(
     """
     ids = topk_ids.reshape(-1)  # [N]
     by_weight = topk_weights.detach().reshape(-1).float().argsort(descending=True, stable=True)
-    # as float32, since devices sort integers slowly
-    order = by_weight[ids[by_weight].float().argsort(stable=True)]  # by expert, then by weight
+    # as float32, since devices sort integers slowly; index_select, since indexing waits for the device
+    order = by_weight.index_select(0, ids.index_select(0, by_weight).float().argsort(stable=True))
+    sorted_ids = ids.index_select(0, order).long()  # [N], by expert, then by weight
     counts = torch.zeros(num_experts, dtype=torch.int64, device=ids.device).scatter_add(
-        0, ids.long(), torch.ones_like(ids, dtype=torch.int64)
+        0, sorted_ids, torch.ones_like(sorted_ids)
     )
     first = counts.cumsum(0) - counts  # [E]
-    place = torch.arange(ids.numel(), device=ids.device) - first[ids[order].long()]  # [N]
+    place = torch.arange(ids.numel(), device=ids.device) - first.index_select(0, sorted_ids)  # [N]
     return torch.zeros_like(place).scatter(0, order, place).view(topk_ids.shape) < num_rows

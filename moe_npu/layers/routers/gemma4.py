@@ -60,7 +60,11 @@ class Gemma4Router(LinearRouter):
 
     def _route(self, logits: torch.Tensor, token_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         weights, topk_ids = super()._route(logits, token_ids)
-        return weights * self.per_expert_scale[topk_ids], topk_ids
+        return weights * self._scale_of(topk_ids), topk_ids
 
     def _weigh_forced(self, logits: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        return super()._weigh_forced(logits, topk_ids) * self.per_expert_scale[topk_ids]
+        return super()._weigh_forced(logits, topk_ids) * self._scale_of(topk_ids)
+
+    def _scale_of(self, topk_ids: torch.Tensor) -> torch.Tensor:
+        # the gradient of indexing with brackets waits for the device
+        return self.per_expert_scale.index_select(0, topk_ids.flatten()).view(topk_ids.shape)
