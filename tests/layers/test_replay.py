@@ -221,6 +221,7 @@ class TestReplay:
                 outputs.append(model(x))
         torch.testing.assert_close(outputs[0], outputs[1])
 
+    @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # what peft asks for
     def test_adapters_and_wrappers_leave_the_names_alone(self) -> None:
         peft = pytest.importorskip("peft")
         record, ids = random_record([14]), prompt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -199,16 +200,11 @@ def test_loading_allocates_nothing(name: str) -> None:
 def test_a_lazy_mapping_is_read_one_tensor_at_a_time() -> None:
     alive, most = 0, 0
 
-    class Read(Tensor):
-        pass
-
     class Lazy(Mapping[str, Tensor]):
         tensors = stored("per_expert", parts(False))
 
         def __getitem__(self, key: str) -> Tensor:
             nonlocal alive, most
-            import weakref
-
             tensor = self.tensors[key].clone()
             alive += 1
             most = max(most, alive)
