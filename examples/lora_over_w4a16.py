@@ -49,8 +49,10 @@ def train(
 ) -> None:
     model.train()
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    # up over twenty steps, then down to zero
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
+    # up over a tenth of the steps, and down to zero
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, 10 * (step + 1) / steps) * (1 - step / steps)
+    )
     for step in range(steps):
         ids = batch(text, batch_size, seed=step).to(model.device)
         optimizer.zero_grad()

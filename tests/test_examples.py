@@ -57,8 +57,8 @@ def check_replay(text: str) -> None:
 
 
 def check_routers(text: str) -> None:
-    imbalance = {name: numbers(rf"(?m)^{name} +\S+ +(\S+)", text)[0] for name in ("sigmoid", "sigmoid, bias update")}
-    assert imbalance["sigmoid, bias update"] < imbalance["sigmoid"] - 0.5
+    entropy = {name: numbers(rf"(?m)^{name} +\S+ +\S+ +(\S+)", text)[0] for name in ("sigmoid", "sigmoid, bias update")}
+    assert entropy["sigmoid, bias update"] > entropy["sigmoid"] + 0.1
 
 
 EXAMPLES = {
@@ -89,7 +89,7 @@ def run(name: str, folder: Path, *options: str) -> None:
         text=True,
         cwd=folder,
         timeout=300,
-        env={**os.environ},
+        env=os.environ | ({"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {}),
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout

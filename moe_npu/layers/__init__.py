@@ -17,6 +17,7 @@ from moe_npu.layers.lora import add_lora, lora_parameters, lora_state_dict, merg
 from moe_npu.layers.losses import (
     load_balancing_loss,
     pooled_load_balancing_loss,
+    router_probabilities,
     router_z_loss,
     sequence_balance_loss,
     update_correction_bias,
@@ -38,9 +39,17 @@ from moe_npu.layers.routers import (
     SqrtSoftplusRouter,
     TopKSoftmaxRouter,
 )
-from moe_npu.layers.routing_record import RoutingRecord
+from moe_npu.layers.routing_record import LayerRouting, RoutingRecord
 from moe_npu.layers.shared_expert import SharedExpert
-from moe_npu.layers.stats import ExpertLoad, LoadReport, load_report, plot_expert_load, track_expert_load
+from moe_npu.layers.stats import (
+    ExpertLoad,
+    LayerLoad,
+    LoadReport,
+    count_expert_tokens,
+    load_report,
+    plot_expert_load,
+    track_expert_load,
+)
 from moe_npu.layers.weight_layouts import (
     ExpertLayout,
     get_layout,
@@ -59,6 +68,8 @@ __all__ = [
     "GroupLimitedRouter",
     "GroupedExperts",
     "HashRouter",
+    "LayerLoad",
+    "LayerRouting",
     "LinearRouter",
     "Llama4Router",
     "LoadReport",
@@ -78,6 +89,7 @@ __all__ = [
     "add_lora",
     "clamped_swiglu",
     "clipped_swiglu",
+    "count_expert_tokens",
     "family_names",
     "force_balanced",
     "gated",
@@ -100,6 +112,7 @@ __all__ = [
     "remove_lora",
     "replay_routing",
     "router_from_hf",
+    "router_probabilities",
     "router_z_loss",
     "save_peft_adapter",
     "sequence_balance_loss",

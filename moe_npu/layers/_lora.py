@@ -46,7 +46,8 @@ class LoraSettings:
 
 def lora_settings(experts: nn.Module) -> dict[str, LoraSettings]:
     """The settings of the adapters of an experts module, by the name of their weight; empty where there are none."""
-    settings: dict[str, LoraSettings] = getattr(experts, ATTRIBUTE, {})
+    # not getattr: nn.Module takes microseconds to say that it has no such attribute
+    settings: dict[str, LoraSettings] = experts.__dict__.get(ATTRIBUTE, {})
     return settings
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_npu.layers._fp8 import fp8_grouped_linear
+from moe_npu.layers._lora import lora_settings, with_lora
 from moe_npu.layers._precision import grouped_linear, half_precision
 from moe_npu.layers.dispatch import LocalDispatcher
 from moe_npu.layers.hf_gates import SWIGLU, FusedGate, apply_fused_gate, fused_gate
@@ -64,7 +65,8 @@ def moe_npu_experts_forward(
     gate = fused_gate(self) if flag(self, "has_gate") else None
     has_absent_experts = flag(self, "_is_expert_parallel")
     dispatcher = LocalDispatcher(self.num_experts, has_absent_experts=has_absent_experts)
-    is_quantized_mlp = scheme is not None and gate == SWIGLU
+    # adapters add to each projection
+    is_quantized_mlp = scheme is not None and gate == SWIGLU and not lora_settings(self)
     quantize = is_quantized_mlp and scheme is not None and scheme.takes_quantized_rows
     dispatched = dispatcher.dispatch(hidden_states, top_k_index, top_k_weights, quantize=quantize)
     rows, expert_tokens = dispatched.rows, dispatched.expert_tokens
@@ -101,6 +103,13 @@ def _mlp(
 
 
 def _linear(
+    experts: Any, name: str, rows: torch.Tensor, expert_tokens: torch.Tensor, scheme: QuantScheme | None
+) -> torch.Tensor:
+    y = _base_linear(experts, name, rows, expert_tokens, scheme)
+    return with_lora(experts, name, rows, expert_tokens, y)
+
+
+def _base_linear(
     experts: Any, name: str, rows: torch.Tensor, expert_tokens: torch.Tensor, scheme: QuantScheme | None
 ) -> torch.Tensor:
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None

@@ -33,7 +33,7 @@ class CapacityDispatcher(TokenDispatcher):
         capacity_factor: 1.0 leaves room for an even split only, E / K drops nothing. Give this or ``capacity``.
         capacity: C itself.
         drop: which pairs of a full expert are dropped: ``"last"``, those of the last tokens, or ``"lightest"``, those
-            of the lowest weights (a few small kernels more).
+            of the lowest weights (some twenty small kernels more).
 
     Raises:
         ValueError: neither or both of ``capacity_factor`` and ``capacity``, one that is not positive, or an unknown
