@@ -5,7 +5,8 @@ python examples/finetune_trainer.py --model path/to/checkpoint --sequence-length
 python examples/finetune_trainer.py --device npu
 
 The text is the sources of the Python standard library. Without --model, the model is a small Qwen3-MoE with random
-weights that reads bytes. With --compare, the same training runs again with another experts implementation.
+weights that reads bytes. With --compare, the same training runs again with another experts implementation. The Trainer
+needs accelerate: pip install accelerate.
 """
 
 import argparse

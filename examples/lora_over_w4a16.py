@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 import moe_npu
 from moe_npu.demo.corpus import VOCAB_SIZE, Corpus, encode
-from moe_npu.layers.lora import add_lora, lora_parameters, lora_state_dict
+from moe_npu.layers import add_lora, lora_parameters, lora_state_dict
 
 LENGTH = 128
 

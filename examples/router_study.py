@@ -20,11 +20,15 @@ from torch import nn
 
 import moe_npu
 from moe_npu.demo.corpus import VOCAB_SIZE, Corpus
-from moe_npu.layers.losses import load_balancing_loss, update_correction_bias
-from moe_npu.layers.routers.base import Router
-from moe_npu.layers.routers.group_limited import GroupLimitedRouter
-from moe_npu.layers.routers.sigmoid_topk import SigmoidTopKRouter
-from moe_npu.layers.stats import ExpertLoad, LayerLoad
+from moe_npu.layers import (
+    ExpertLoad,
+    GroupLimitedRouter,
+    LayerLoad,
+    Router,
+    SigmoidTopKRouter,
+    load_balancing_loss,
+    update_correction_bias,
+)
 
 HIDDEN, HEADS, LAYERS, EXPERTS, TOP_K, LENGTH = 64, 4, 2, 16, 2, 64
 

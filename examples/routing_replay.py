@@ -15,8 +15,7 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
 
 import moe_npu  # noqa: F401 - makes experts_implementation="moe_npu" known
-from moe_npu.layers.replay import record_routing, replay_routing
-from moe_npu.layers.routing_record import RoutingRecord
+from moe_npu.layers import RoutingRecord, record_routing, replay_routing
 
 VOCAB = 128  # ASCII
 

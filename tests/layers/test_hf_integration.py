@@ -200,6 +200,7 @@ class TestGenerate:
             ]
         assert results["moe_npu"] == results["eager"]
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # Inductor itself
     @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
     @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"])
     def test_one_compiled_graph_decodes(self, name: str, backend: str) -> None:
