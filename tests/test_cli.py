@@ -130,7 +130,7 @@ class TestReport:
         ),
         pytest.param(["inspect", "nowhere"], "nowhere is not a folder", id="inspect"),
         pytest.param(["report", "nowhere"], "nowhere is neither a folder with config.json", id="report"),
-        pytest.param(["report", "{source}/model.safetensors"], "is not JSON", id="report-weights"),
+        pytest.param(["report", "{source}/model.safetensors"], "is not valid JSON", id="report-weights"),
         pytest.param(["report", "{source}", "--implementation", "warp"], "warp", id="report-implementation"),
         pytest.param(["demo", "--out", "{source}"], "is not the folder of a demo run", id="demo-out"),
         pytest.param(["demo", "--out", "x", "--device", "warp"], "warp", id="demo-device"),

@@ -68,7 +68,9 @@ def _check(
     block_rows, block_columns = (
         min(*sizes) for sizes in zip(block_size or weight.shape[1:], (own_rows, num_columns), strict=True)
     )
-    row_counts = [num_rows // block_rows] + [1] * (block_rows == own_rows)  # some releases keep one scale for both
+    row_counts = [num_rows // block_rows]
+    if block_rows == own_rows:
+        row_counts.append(1)  # some releases keep one scale for both
     expected = [(num_experts, count, num_columns // block_columns) for count in row_counts]
     if own_rows % block_rows or num_columns % block_columns or tuple(scale_inv.shape) not in expected:
         raise ValueError(

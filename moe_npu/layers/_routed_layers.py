@@ -17,8 +17,8 @@ from moe_npu.layers.routers.base import Router, RouterOutput
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer"}
 # what wrappers of whole models put in front: DistributedDataParallel, PEFT
 _PREFIXES = (["module"], ["base_model", "model"])
-# set by transformers' decorator use_experts_implementation
-_EXPERTS_FLAGS = ("has_gate", "is_transposed", "_is_expert_parallel")
+# set by transformers' decorator use_experts_implementation in all releases, other flags only in some
+_EXPERTS_FLAGS = ("_apply_gate", "has_bias", "is_transposed")
 
 DID_NOT_RUN = (
     "it did not run in the context, or runs code that was compiled before, which does not notice hooks that come "

@@ -25,7 +25,14 @@ SCHEME_ATTRIBUTE = "moe_npu_scheme"
 
 # What it means where a release of transformers does not set a flag yet. Releases without _is_expert_parallel may send
 # ids of experts that live elsewhere to any module
-_DEFAULTS = {"has_gate": True, "has_post_expert_norm": False, "_is_expert_parallel": True}
+_DEFAULTS = {
+    "has_bias": False,
+    "has_gate": True,
+    "has_post_expert_norm": False,
+    "is_concatenated": True,
+    "is_transposed": False,
+    "_is_expert_parallel": True,
+}
 
 
 def flag(experts: Any, name: str) -> bool:
@@ -33,7 +40,7 @@ def flag(experts: Any, name: str) -> bool:
 
     Args:
         experts: an experts module of transformers.
-        name: ``"has_gate"``, ``"has_post_expert_norm"`` or ``"_is_expert_parallel"``.
+        name: an argument of ``use_experts_implementation``, or ``"_is_expert_parallel"``.
     """
     return bool(getattr(experts, name, _DEFAULTS[name]))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from moe_npu.layers.hf_accelerate import accelerate
 from moe_npu.layers.hf_report import Report, report
+from moe_npu.quant.checkpoint import read_json
 
 
 def report_config(path: str | Path, *, implementation: str = "moe_npu", accelerated: bool = False) -> Report:
@@ -44,11 +44,8 @@ def _read(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path} is neither a folder with config.json nor such a file")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:  # also of a file that is not text
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    config = read_json(file)
+    if not isinstance(config.get("model_type"), str):
         raise ValueError(f"{file} is not the configuration of a model: it has no model_type")
     return config
 
@@ -62,7 +59,10 @@ def _meta_model(values: dict[str, Any], path: str | Path, implementation: str) -
         )
     config = CONFIG_MAPPING[model_type].from_dict(values)
     quantization = values.get("quantization_config")
-    cls = getattr(transformers, (values.get("architectures") or [""])[0], None)
+    architectures = values.get("architectures")
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        architectures = []
+    cls = getattr(transformers, architectures[0], None) if architectures else None
     with torch.device("meta"):
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
             model_class: Any = cls  # its from_config is private, but what that of every auto class calls

@@ -64,7 +64,7 @@ def fused_gate(experts: Any) -> FusedGate | None:
     """
     # Everything the answer depends on is read here, so that Dynamo guards it; compiled code asks again for other values
     values = [_constant(getattr(experts, name, None)) for name in _PARAMETERS]
-    return _recognize(type(experts)._apply_gate, _is_silu(getattr(experts, "act_fn", None)), *values)
+    return _recognize(type(experts)._apply_gate, is_silu(getattr(experts, "act_fn", None)), *values)
 
 
 def _constant(value: float | None) -> float | None:
@@ -72,7 +72,8 @@ def _constant(value: float | None) -> float | None:
     return None if value is None else guard_scalar(value)
 
 
-def _is_silu(act_fn: Any) -> bool:
+def is_silu(act_fn: Any) -> bool:
+    """Whether a function or module is SiLU and nothing else: a subclass may compute something of its own."""
     return act_fn is F.silu or type(act_fn) in (nn.SiLU, SiLUActivation)
 
 

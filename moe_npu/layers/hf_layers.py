@@ -13,7 +13,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from moe_npu.layers import hf_adapters
 from moe_npu.layers.experts import GroupedExperts
-from moe_npu.layers.hf import NAME, SCHEME_ATTRIBUTE
+from moe_npu.layers.hf import NAME, SCHEME_ATTRIBUTE, flag
 from moe_npu.layers.hf_adapters.base import Adapter
 from moe_npu.layers.moe import MoE
 from moe_npu.layers.quantized_experts import QuantizedExperts
@@ -256,16 +256,12 @@ def _own_layout(experts: nn.Module) -> str:
 
 
 def _decorated_layout(module: Any) -> str:
-    flags = {name: bool(getattr(module, name, default)) for name, default in _FLAGS.items()}
     return _layout(
-        flags["has_gate"],
-        is_transposed=flags["is_transposed"],
-        is_interleaved=not flags["is_concatenated"],
-        has_bias=flags["has_bias"],
+        flag(module, "has_gate"),
+        is_transposed=flag(module, "is_transposed"),
+        is_interleaved=not flag(module, "is_concatenated"),
+        has_bias=flag(module, "has_bias"),
     )
-
-
-_FLAGS = {"has_gate": True, "is_transposed": False, "is_concatenated": True, "has_bias": False}
 
 
 def _layout(has_gate: bool, *, is_transposed: bool, is_interleaved: bool, has_bias: bool) -> str:

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
+from moe_npu.layers.routers.base import sqrt_softplus
 from moe_npu.layers.stats import count_expert_tokens
 
 ScoreFunction = Callable[[torch.Tensor], torch.Tensor]
@@ -26,7 +26,7 @@ ScoreFunction = Callable[[torch.Tensor], torch.Tensor]
 _SCORE_FUNCTIONS: dict[str, ScoreFunction] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,
-    "sqrt_softplus": lambda logits: F.softplus(logits).sqrt(),
+    "sqrt_softplus": sqrt_softplus,
 }
 
 

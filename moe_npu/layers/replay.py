@@ -132,12 +132,17 @@ class _Player:
         return torch.equal(ids, topk_ids) and torch.equal(weights, topk_weights)
 
 
-def _balanced(num_experts: int) -> RoutingVisitor:
-    def visitor(topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> _Pair:
-        ids = torch.arange(topk_ids.numel(), device=topk_ids.device) % num_experts
-        return ids.view(topk_ids.shape), torch.full_like(topk_weights, 1 / topk_ids.size(1))
+class _Balancer:
+    """Gives experts in turn."""
 
-    return visitor
+    def __init__(self, num_experts: int) -> None:
+        self._num_experts = num_experts
+        self.has_run = False
+
+    def __call__(self, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> _Pair:
+        self.has_run = True
+        ids = torch.arange(topk_ids.numel(), device=topk_ids.device) % self._num_experts
+        return ids.view(topk_ids.shape), torch.full_like(topk_weights, 1 / topk_ids.size(1))
 
 
 @contextmanager
@@ -228,14 +233,16 @@ def force_balanced(model: nn.Module, *, weights: Literal["uniform", "router"] = 
 
     Raises:
         ValueError: the model has no such layers, or an unknown ``weights``.
-        RuntimeError: at a call, as :func:`replay_routing`.
+        RuntimeError: at a call, as :func:`replay_routing`; at the end, no layer has run, or all were compiled before.
     """
     if weights not in ("uniform", "router"):
         raise ValueError(f"weights must be 'uniform' or 'router', but is {weights!r}")
     layers = routed_layers(model)
-    visitors = {name: _balanced(layer.num_experts) for name, layer in layers.items()}
-    with _hooked(layers, visitors, _give if weights == "uniform" else functools.partial(_force, {})):
+    balancers = {name: _Balancer(layer.num_experts) for name, layer in layers.items()}
+    with _hooked(layers, balancers, _give if weights == "uniform" else functools.partial(_force, {})):
         yield
+    if not any(balancer.has_run for balancer in balancers.values()):
+        raise RuntimeError(f"nothing was balanced in {type(model).__name__}: {DID_NOT_RUN}")
 
 
 # attaches the visitor of a number to a layer, and returns what takes it off again

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 _FORMAT = "moe_npu.routing.1"
@@ -86,22 +86,57 @@ class RoutingRecord:
         """Read what :meth:`save` wrote, to the CPU; replaying moves each call to its device.
 
         Raises:
-            ValueError: the file is of another format.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is of another format, or has ids of experts that do not exist.
         """
-        with safe_open(path, framework="pt") as file:
-            metadata: Mapping[str, str] = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} must be a file of format {_FORMAT}, but is {metadata.get('format')}")
-            return cls(
-                {
-                    name: LayerRouting(
-                        num_experts,
-                        [file.get_tensor(f"{name}.{call}.topk_ids") for call in range(num_calls)],
-                        [file.get_tensor(f"{name}.{call}.topk_weights") for call in range(num_calls)],
-                    )
-                    for name, (num_experts, num_calls) in json.loads(metadata["layers"]).items()
-                }
-            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata: Mapping[str, str] = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{path} must be a file of format {_FORMAT}, but is {metadata.get('format')}")
+                record = cls(
+                    {
+                        name: LayerRouting(
+                            num_experts,
+                            [file.get_tensor(f"{name}.{call}.topk_ids") for call in range(num_calls)],
+                            [file.get_tensor(f"{name}.{call}.topk_weights") for call in range(num_calls)],
+                        )
+                        for name, num_experts, num_calls in _sizes(path, metadata.get("layers", ""))
+                    }
+                )
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole record of routing: {error}") from None
+        for name, layer in record.layers.items():
+            for call in zip(layer.topk_ids, layer.topk_weights, strict=True):
+                _check_call(f"{path}: a call of {name!r}", layer, *call)
+        return record
+
+
+def _sizes(path: Path | str, layers: str) -> list[tuple[str, int, int]]:
+    """Name, number of experts and number of calls of each layer."""
+    try:
+        sizes = [(name, num_experts, num_calls) for name, (num_experts, num_calls) in json.loads(layers).items()]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        sizes = None
+    if sizes is None or not all(type(size) is int and size >= 0 for _, *both in sizes for size in both):
+        raise ValueError(f"{path} must say the numbers of experts and calls of each layer, but says {layers[:80]!r}")
+    return sizes
+
+
+def _check_call(where: str, layer: LayerRouting, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    """Raise unless a device can be given these: there, nothing looks at the values of ids."""
+    if topk_ids.dtype != layer.ids_dtype or topk_ids.dim() != 2 or not topk_weights.is_floating_point():
+        raise ValueError(
+            f"{where} must have ids [T, K] of {layer.ids_dtype} and float weights, but has {topk_ids.dtype} of shape "
+            f"{tuple(topk_ids.shape)} and {topk_weights.dtype}"
+        )
+    if topk_ids.shape != topk_weights.shape:
+        raise ValueError(
+            f"{where} must have a weight for each id, but has {tuple(topk_weights.shape)} for {tuple(topk_ids.shape)}"
+        )
+    # the id E stands for no expert in models whose tokens may choose none
+    if topk_ids.numel() and not (topk_ids.min() >= 0 and topk_ids.max() <= layer.num_experts):
+        raise ValueError(f"{where} must have ids up to {layer.num_experts}, but has {topk_ids.min()} to {topk_ids.max()}")
 
 
 def _concatenate(name: str, calls: list[torch.Tensor], batch_size: int) -> torch.Tensor:

@@ -27,6 +27,6 @@ def _top_k_of_halves(values: torch.Tensor, k: int) -> torch.Tensor:
     # one zero and one NaN, which is larger than everything
     bits = (values + 0.0).masked_fill(values.isnan(), torch.nan).view(torch.int16)
     ordered = (bits ^ ((bits >> 15) & 0x7FFF)).to(torch.int32)  # negative floats descend as integers
-    reversed_index = torch.arange(values.size(-1) - 1, -1, -1, dtype=torch.int32)
+    reversed_index = torch.arange(values.size(-1) - 1, -1, -1, dtype=torch.int32, device=values.device)
     keys = torch.topk((ordered << _INDEX_BITS) | reversed_index, k, dim=-1).values
     return values.size(-1) - 1 - (keys & ((1 << _INDEX_BITS) - 1)).long()

@@ -17,6 +17,7 @@ from moe_npu.layers.experts import GroupedExperts
 from moe_npu.layers.routers import GroupLimitedRouter, Router
 from moe_npu.layers.shared_expert import SharedExpert
 from moe_npu.layers.weight_layouts import ExpertLayout
+from moe_npu.quant.checkpoint import read_json
 
 # One meaning under the names of different models. transformers accepts some of them for each other (``attribute_map``),
 # published config.json files use any.
@@ -250,11 +251,11 @@ def read_config(config: Any) -> Config:
         config: a config of transformers, a mapping with the entries of a ``config.json``, or its path.
 
     Raises:
-        ValueError: it has no ``model_type``, or holds several text models.
+        ValueError: the file is not a JSON object, it has no ``model_type``, or holds several text models.
         TypeError: it is none of these.
     """
     if isinstance(config, (str, Path)):
-        config = json.loads(Path(config).read_text())
+        config = read_json(Path(config))
     if not isinstance(config, Mapping) and not hasattr(config, "model_type"):
         raise TypeError(f"config must be a transformers config, a mapping or a path, but is {type(config).__name__}")
     reader = Config(config)

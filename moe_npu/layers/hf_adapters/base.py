@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.activations import SiLUActivation
 
 from moe_npu import ops
 from moe_npu.layers.dispatch import LocalDispatcher
+from moe_npu.layers.hf_gates import is_silu
 from moe_npu.quant import QuantizedRows
 
 
@@ -39,7 +38,7 @@ def dispatch_rows(
 
 def apply_gate(act_fn: Callable[[torch.Tensor], torch.Tensor], gate_up: torch.Tensor) -> torch.Tensor:
     """``act_fn(gate) * up`` of ``[R, 2I]``, gates first; ``[R, I]``. One launch where it is SwiGLU."""
-    if isinstance(act_fn, (nn.SiLU, SiLUActivation)):
+    if is_silu(act_fn):
         return ops.npu_swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return act_fn(gate) * up

@@ -246,10 +246,7 @@ class LinearRouter(Router):
             return torch.softmax(logits, -1)
         if self.score_function == "sigmoid":
             return torch.sigmoid(logits)
-        softplus = torch.logaddexp(logits, logits.new_zeros(()))
-        # the root has no derivative where the exponential underflows
-        vanished = softplus == 0
-        return softplus.masked_fill(vanished, 1).sqrt().masked_fill(vanished, 0)
+        return sqrt_softplus(logits)
 
     def _choose(self, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Ids of the best experts ``[T, K]``, int64."""
@@ -390,6 +387,14 @@ class LinearRouter(Router):
         if self.logit_softcap is not None:
             parts.append(f"logit_softcap={self.logit_softcap}")
         return ", ".join(parts)
+
+
+def sqrt_softplus(logits: torch.Tensor) -> torch.Tensor:
+    """The square root of the softplus, elementwise; its gradient is 0 where the value is."""
+    softplus = torch.logaddexp(logits, logits.new_zeros(()))
+    # the root has no derivative where the exponential underflows
+    vanished = softplus == 0
+    return softplus.masked_fill(vanished, 1).sqrt().masked_fill(vanished, 0)
 
 
 def check_integers(name: str, ids: torch.Tensor) -> None:
