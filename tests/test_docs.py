@@ -62,9 +62,10 @@ def test_python_blocks_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     blocks = BLOCK.findall(page.read_text())
     assert {language for language, _ in blocks} <= {"python", "text", "bash"}
+    namespace = {"__name__": "page"}  # one, as a reader goes from top to bottom
     for number, (language, text) in enumerate(blocks):
         if language == "python":
-            exec(compile(text, f"{page.name} block {number}", "exec"), {"__name__": "page"})
+            exec(compile(text, f"{page.name} block {number}", "exec"), namespace)
 
 
 def test_every_operator_has_its_place_in_the_pages() -> None:

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 from torch import nn
-from transformers.integrations.moe import ExpertsInterface
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from moe_npu.layers import hf_adapters
 from moe_npu.layers.experts import GroupedExperts
@@ -119,7 +119,10 @@ def _interface(cls: type) -> ExpertsInterface | None:
     overrides ``forward`` has flags, base class and configuration of its parent, and ignores all of them.
     """
     forward = vars(cls).get("forward") or getattr(cls, "forward", None)
-    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+    code = getattr(forward, "__code__", None)
+    names = getattr(code, "co_freevars", ())
+    if "original_forward" in names and "ALL_EXPERTS_FUNCTIONS" in getattr(code, "co_names", ()):
+        return ALL_EXPERTS_FUNCTIONS  # releases with one registry name it in the code
     for name, cell in zip(names, getattr(forward, "__closure__", None) or (), strict=True):
         if name == "experts_interface" and isinstance(cell.cell_contents, ExpertsInterface):
             return cell.cell_contents

@@ -83,6 +83,9 @@ class MoE(nn.Module):
                     f"but there are {num_weights}"
                 )
             dispatcher = LocalDispatcher(self.num_experts, has_absent_experts=num_zero_experts > 0)
+        num_counted = getattr(expert_load, "num_experts", self.num_experts)
+        if num_counted not in (self.num_experts, router.num_experts):
+            raise ValueError(f"expert_load counts {num_counted} experts, but the router has {router.num_experts}")
         self.router = router
         self.experts = experts
         self.dispatcher = dispatcher

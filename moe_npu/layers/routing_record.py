@@ -136,7 +136,9 @@ def _check_call(where: str, layer: LayerRouting, topk_ids: torch.Tensor, topk_we
         )
     # the id E stands for no expert in models whose tokens may choose none
     if topk_ids.numel() and not (topk_ids.min() >= 0 and topk_ids.max() <= layer.num_experts):
-        raise ValueError(f"{where} must have ids up to {layer.num_experts}, but has {topk_ids.min()} to {topk_ids.max()}")
+        raise ValueError(
+            f"{where} must have ids up to {layer.num_experts}, but has {topk_ids.min()} to {topk_ids.max()}"
+        )
 
 
 def _concatenate(name: str, calls: list[torch.Tensor], batch_size: int) -> torch.Tensor:

@@ -66,6 +66,15 @@ class ExpertLayout:
         """Whether the experts have a gate."""
         return self.gate_up is not None or self.gate is not None
 
+    def names(self, num_experts: int, *, bias: bool) -> list[str]:
+        """The names of all stored tensors.
+
+        Args:
+            num_experts: E.
+            bias: whether the projections have biases.
+        """
+        return [name for slot in _slots(self, bias) for name in slot.names(num_experts)]
+
 
 _LAYOUTS: dict[str, ExpertLayout] = {
     # ours, and of most experts in transformers

@@ -239,6 +239,13 @@ def test_compiles_to_one_graph(loss: Callable[[Tensor, Tensor], Tensor]) -> None
     assert loss(logits.to("meta"), ids.to("meta")).shape == ()
 
 
+def test_a_score_that_underflows_has_a_gradient() -> None:
+    logits = torch.tensor([[-200.0, 1.0, 2.0]], requires_grad=True)
+    load_balancing_loss(logits, torch.tensor([[1]]), score_function="sqrt_softplus").backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
 ERRORS = [
     (lambda: load_balancing_loss(torch.zeros(3), torch.zeros(3, 1, dtype=torch.int64)), r"router_logits and topk_ids"),
     (lambda: load_balancing_loss(torch.zeros(3, 4), torch.zeros(2, 1, dtype=torch.int64)), r"\(3, 4\) and \(2, 1\)"),

@@ -12,6 +12,7 @@ import moe_npu
 from moe_npu import sim
 from moe_npu.layers.activations import clamped_swiglu
 from moe_npu.layers.routers import Llama4Router
+from moe_npu.layers.stats import ExpertLoad
 from tests.helpers.assertions import assert_close
 from tests.helpers.reference import experts as reference
 
@@ -288,6 +289,7 @@ def test_token_ids_reach_the_router() -> None:
         pytest.param({"latent_down_proj": nn.Linear(H, LATENT)}, "latent_down_proj is given without", id="down"),
         pytest.param({"num_zero_experts": E}, "num_zero_experts must leave some of the 5", id="all-zero"),
         pytest.param({"num_zero_experts": -1}, "num_zero_experts must leave some", id="negative"),
+        pytest.param({"expert_load": ExpertLoad(4)}, "counts 4 experts, but the router has 5", id="expert-load"),
         pytest.param({"num_zero_experts": 1}, "5 experts, 1 of them zero experts, but there are 5", id="too-few"),
     ],
 )

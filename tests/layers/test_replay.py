@@ -514,3 +514,32 @@ class TestErrors:
         save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
         with pytest.raises(ValueError, match=r"must be a file of format moe_npu.routing.1, but is None"):
             RoutingRecord.load(tmp_path / "a.safetensors")
+
+    @pytest.mark.parametrize(
+        ("ids", "weights", "layers", "message"),
+        [
+            pytest.param([[9]], torch.ones(1, 1), '{"a": [8, 1]}', "must have ids up to 8, but has 9 to 9", id="ids"),
+            pytest.param([[1]], torch.ones(1, 2), '{"a": [8, 1]}', "must have a weight for each id", id="shape"),
+            pytest.param([1], torch.ones(1), '{"a": [8, 1]}', r"must have ids \[T, K\] of torch.uint8", id="rank"),
+            pytest.param([[1]], torch.ones(1, 1), '{"a": [300, 1]}', "of torch.int16", id="dtype"),
+            pytest.param([[1]], torch.ones(1, 1), '{"a": [8, 2]}', "is not a whole record of routing", id="calls"),
+            pytest.param([[1]], torch.ones(1, 1), '{"a": ["8", 1]}', "must say the numbers of experts", id="number"),
+            pytest.param([[1]], torch.ones(1, 1), "[1]", "must say the numbers of experts", id="layers"),
+        ],
+    )
+    def test_files(self, ids: Any, weights: torch.Tensor, layers: str, message: str, tmp_path: Path) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {"a.0.topk_ids": torch.tensor(ids, dtype=torch.uint8), "a.0.topk_weights": weights}
+        save_file(tensors, tmp_path / "a.safetensors", {"format": "moe_npu.routing.1", "layers": layers})
+        with pytest.raises(ValueError, match=message):
+            RoutingRecord.load(tmp_path / "a.safetensors")
+
+    def test_file_that_is_not_safetensors(self, tmp_path: Path) -> None:
+        (tmp_path / "a.safetensors").write_bytes(b"no safetensors")
+        with pytest.raises(ValueError, match="is not a whole record of routing"):
+            RoutingRecord.load(tmp_path / "a.safetensors")
+
+    def test_nothing_was_balanced(self) -> None:
+        with pytest.raises(RuntimeError, match="nothing was balanced in"), force_balanced(qwen()):
+            pass

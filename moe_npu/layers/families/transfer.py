@@ -19,9 +19,8 @@ from moe_npu.layers.families.base import (
 )
 from moe_npu.layers.moe import MoE
 from moe_npu.layers.routers import Router
-from moe_npu.layers.weight_layouts import ExpertLayout, stack_experts, unstack_experts
+from moe_npu.layers.weight_layouts import stack_experts, unstack_experts
 
-_LAYOUT_NAMES = ("gate_up", "gate", "up", "down")
 _BIASES = ("experts.gate_up_proj_bias", "experts.up_proj_bias", "experts.down_proj_bias")
 
 
@@ -230,23 +229,12 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.state_dict(keep_vars=True))
 
 
-def _expert_names(layout: ExpertLayout, num_experts: int, has_bias: bool) -> list[str]:
-    names = []
-    for name in (getattr(layout, key) for key in _LAYOUT_NAMES):
-        if name is None:
-            continue
-        bias = f"{name.removesuffix('weight')}bias" if name.endswith("weight") else f"{name}_bias"
-        for one in (name, bias) if has_bias else (name,):
-            names += [one.replace("{expert}", str(e)) for e in range(num_experts)] if "{expert}" in one else [one]
-    return names
-
-
 def _to_native(moe: MoE, layer: Layer, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our state dict from the tensors of a block: copies."""
     targets = _tensors(moe)
     experts: Any = moe.experts
     has_bias = experts.down_proj_bias is not None
-    names = _expert_names(layer.layout, experts.num_experts, has_bias)
+    names = layer.layout.names(experts.num_experts, bias=has_bias)
     theirs = [name for tensor in layer.tensors for name in tensor.theirs] + names
     missing = [name for name in theirs if name not in state]
     if missing:
@@ -321,8 +309,7 @@ def _is_trained(module: nn.Module, layer: Layer, name: str) -> bool:
     """Whether the parameter of ours called ``name`` has a gradient in the block."""
     theirs = next((tensor.theirs for tensor in layer.tensors if tensor.ours == name), None)
     if theirs is None:
-        has_bias = name in _BIASES
-        theirs = tuple(_expert_names(layer.layout, 1, has_bias))
+        theirs = tuple(layer.layout.names(1, bias=name in _BIASES))
     parameters = dict(module.named_parameters())
     return any(parameters[one].requires_grad for one in theirs if one in parameters)
 
