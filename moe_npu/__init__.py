@@ -6,7 +6,7 @@
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_npu import _torch, layers, ops, quant  # noqa: F401 - torch first
 from moe_npu.layers import (
@@ -20,6 +20,12 @@ from moe_npu.layers import (
 )
 from moe_npu.quant import get_scheme, quantize_checkpoint
 
+if TYPE_CHECKING:  # the names of __getattr__, for type checkers and editors
+    from moe_npu.layers.hf_accelerate import accelerate as accelerate
+    from moe_npu.layers.hf_accelerate import mark_zero3_leaves as mark_zero3_leaves
+    from moe_npu.layers.hf_report import Report as Report
+    from moe_npu.layers.hf_report import report as report
+
 __version__ = "0.1.0"
 
 _NEEDS_TRANSFORMERS = {
@@ -32,26 +38,30 @@ _NEEDS_TRANSFORMERS = {
 
 def __getattr__(name: str) -> Any:
     """The names that need transformers, which is imported for those who use one."""
-    if name in _NEEDS_TRANSFORMERS:
-        return getattr(importlib.import_module(f"moe_npu.layers.{_NEEDS_TRANSFORMERS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _NEEDS_TRANSFORMERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"moe_npu.layers.{_NEEDS_TRANSFORMERS[name]}")
+    except ImportError as error:  # it is missing, or too old
+        if (error.name or "").partition(".")[0] != "transformers":
+            raise
+        message = f"moe_npu.{name} needs transformers ({error}): pip install 'moe-npu[transformers]'"
+        raise ImportError(message, name=error.name) from error
+    return getattr(module, name)
 
 
+# without the names that need transformers: `from moe_npu import *` would import it, and fail where there is none
 __all__ = [
     "GroupedExperts",
     "LocalDispatcher",
     "MoE",
     "QuantizedExperts",
-    "Report",
     "RouterOutput",
     "SharedExpert",
     "SoftmaxTopKRouter",
-    "accelerate",
     "get_scheme",
     "layers",
-    "mark_zero3_leaves",
     "ops",
     "quant",
     "quantize_checkpoint",
-    "report",
 ]

@@ -117,6 +117,48 @@ class TestReport:
         assert result.returncode == 2
         assert "no model_type 'new', and code that comes with a checkpoint is not run" in result.stderr
 
+    @pytest.mark.parametrize(
+        ("entries", "message"),
+        [
+            ({"num_experts": "x"}, "transformers cannot build this: StrictDataclass"),
+            (
+                {"hidden_size": -4},
+                "transformers cannot build this: RuntimeError: Trying to create tensor with negative",
+            ),
+            ({"hidden_act": "warp"}, "transformers cannot build this: KeyError: 'warp'"),
+            ({"num_attention_heads": 0}, "transformers cannot build this: ZeroDivisionError"),
+            ({"dtype": "warp"}, "transformers cannot build this: AttributeError"),
+            ({"architectures": ["BertModel"]}, "transformers cannot build this: AttributeError"),
+            ({"quantization_config": 3}, "quantization_config must be an object, but is 3"),
+            ({"quantization_config": {"quant_method": "warp"}}, "transformers cannot build this: ValueError: Unknown"),
+            ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 1000 for a report, but is 1e+09"),
+            ({"text_config": {"n_layer": 1001}}, "n_layer must be at most 1000 for a report, but is 1001"),
+            ({"depths": [2, 10**9]}, "depths must be at most 1000 for a report, but is 1e+09"),
+            ({"num_labels": 10**9}, "num_labels must be at most 1000000 for a report, but is 1e+09"),
+        ],
+        ids=str,
+    )
+    def test_hostile_configs(
+        self, moe_npu: Callable[..., Result], source: Path, tmp_path: Path, entries: dict[str, object], message: str
+    ) -> None:
+        config = json.loads((source / "config.json").read_text()) | entries
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        result = moe_npu("report", tmp_path)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"moe-npu: {tmp_path}: {message}")
+        assert result.stderr.count("\n") == 1
+
+    def test_models_of_too_many_modules(
+        self, moe_npu: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("moe_npu.layers.hf_config._MAX_MODULES", 1000)
+        config = {"model_type": "switch_transformers", "num_layers": 2, "num_sparse_encoder_layers": 2}
+        (tmp_path / "config.json").write_text(json.dumps(config | {"num_experts": 10_000}))
+        result = moe_npu("report", tmp_path)
+        assert result.returncode == 2
+        assert "it has more than 1000 modules, the limit of a report" in result.stderr
+        torch.nn.Sequential(*(torch.nn.Identity() for _ in range(1001)))  # others are not limited
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -17,8 +17,11 @@ from moe_npu.layers.routers.base import Router, RouterOutput
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer"}
 # what wrappers of whole models put in front: DistributedDataParallel, PEFT
 _PREFIXES = (["module"], ["base_model", "model"])
-# set by transformers' decorator use_experts_implementation in all releases, other flags only in some
+# what transformers' decorator use_experts_implementation gives to experts in all releases; other flags only in some
 _EXPERTS_FLAGS = ("_apply_gate", "has_bias", "is_transposed")
+
+IMPLEMENTATION = "moe_npu"  # our experts_implementation: the one that runs quantized weights and adapters
+SCHEME_ATTRIBUTE = "moe_npu_scheme"  # of an experts module of transformers: the scheme of its quantized weights
 
 DID_NOT_RUN = (
     "it did not run in the context, or runs code that was compiled before, which does not notice hooks that come "
@@ -59,7 +62,11 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
         ValueError: there is none.
     """
     modules = dict(model.named_modules())
-    found = {path: module for path, module in modules.items() if _is_routed(module)}
+    found = {
+        path: module
+        for path, module in modules.items()
+        if isinstance(module, Router) or is_transformers_experts(module)
+    }
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no MoE layer with a moe_npu router or with experts that transformers decorates"
@@ -75,16 +82,20 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
     return layers
 
 
+def is_transformers_experts(module: nn.Module) -> bool:
+    """Whether this is an experts module as transformers decorates them, by its attributes: imports no transformers.
+
+    Whether its forward asks for an implementation is another question: a subclass may have a forward of its own.
+    """
+    return all(hasattr(module, flag) for flag in _EXPERTS_FLAGS)
+
+
 def is_recomputation() -> bool:
     """Whether this runs inside a backward pass: then a forward is one that activation checkpointing repeats.
 
     Compiled code cannot ask while it is traced: operators do, when they run.
     """
     return torch._C._current_graph_task_id() != -1
-
-
-def _is_routed(module: nn.Module) -> bool:
-    return isinstance(module, Router) or all(hasattr(module, flag) for flag in _EXPERTS_FLAGS)
 
 
 def _block(path: str) -> str:

@@ -112,9 +112,7 @@ class GroupedExperts(nn.Module):
         rows = self._linear("down_proj", self.down_proj, self.down_proj_bias, rows, expert_tokens)  # [R, H]
         if self.post_norm is None:
             return rows
-        # rows of no expert are undefined, also in backward, and would reach the gradient of the norm's weight
-        is_undefined = torch.arange(rows.size(0), device=rows.device) >= expert_tokens.sum()
-        output: torch.Tensor = self.post_norm(rows.masked_fill(is_undefined.unsqueeze(1), 0))
+        output: torch.Tensor = self.post_norm(zero_undefined_rows(rows, expert_tokens))
         return output
 
     def _linear(
@@ -135,3 +133,19 @@ class GroupedExperts(nn.Module):
             f"intermediate_size={self.intermediate_size}, has_gate={self.has_gate}, "
             f"bias={self.down_proj_bias is not None}"
         )
+
+
+def zero_undefined_rows(rows: torch.Tensor, expert_tokens: torch.Tensor) -> torch.Tensor:
+    """Rows with zeros in the place of those that belong to no expert, before a norm of all rows.
+
+    These are undefined, also in backward, and would reach the gradient of the norm's weight.
+
+    Args:
+        rows: ``[R, H]``, sorted by expert, those of no expert last.
+        expert_tokens: ``[E]`` int64, rows of each expert.
+
+    Returns:
+        ``[R, H]``, dtype of rows.
+    """
+    is_undefined = torch.arange(rows.size(0), device=rows.device) >= expert_tokens.sum()  # [R]
+    return rows.masked_fill(is_undefined.unsqueeze(1), 0)

@@ -15,13 +15,16 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moe_npu.layers._fp8 import fp8_grouped_linear
 from moe_npu.layers._lora import lora_settings, with_lora
 from moe_npu.layers._precision import grouped_linear, half_precision
+from moe_npu.layers._routed_layers import IMPLEMENTATION, SCHEME_ATTRIBUTE
 from moe_npu.layers.dispatch import LocalDispatcher
+from moe_npu.layers.experts import zero_undefined_rows
 from moe_npu.layers.hf_gates import SWIGLU, FusedGate, apply_fused_gate, fused_gate
 from moe_npu.layers.quantized_experts import quantized_mlp, quantized_weight
 from moe_npu.quant import QuantizedRows, QuantScheme
 
-NAME = "moe_npu"
-SCHEME_ATTRIBUTE = "moe_npu_scheme"
+__all__ = ["NAME", "SCHEME_ATTRIBUTE", "flag", "moe_npu_experts_forward"]
+
+NAME = IMPLEMENTATION
 
 # What it means where a release of transformers does not set a flag yet. Releases without _is_expert_parallel may send
 # ids of experts that live elsewhere to any module
@@ -84,9 +87,8 @@ def moe_npu_experts_forward(
         assert not isinstance(rows, QuantizedRows)
         rows = _mlp(self, rows, expert_tokens, scheme, gate)
     if flag(self, "has_post_expert_norm"):
-        if has_absent_experts:  # undefined rows would reach the gradient of the norm's weight
-            is_undefined = torch.arange(rows.size(0), device=rows.device) >= expert_tokens.sum()
-            rows = rows.masked_fill(is_undefined.unsqueeze(1), 0)
+        if has_absent_experts:
+            rows = zero_undefined_rows(rows, expert_tokens)
         rows = self.post_expert_norm(rows)
     return dispatcher.combine(rows, dispatched.state).to(hidden_states.dtype)
 

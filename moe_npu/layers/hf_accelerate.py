@@ -22,8 +22,8 @@ def accelerate(model: nn.Module, *, strict: bool = True) -> Report:
     forward in place of their own. Parameters stay where they are, under their names: optimizers, ``state_dict`` and
     ``save_pretrained`` do not notice. A second call changes nothing.
 
-    Call it after layers of experts were replaced (LoRA, quantization) and before the model is wrapped (FSDP, DDP,
-    ``torch.compile``, DeepSpeed). Where transformers loaded the model for DeepSpeed ZeRO-3, the experts become leaf
+    Call it after the model was quantized and before it is wrapped (PEFT, where the family ignores the choice; FSDP,
+    DDP, DeepSpeed). Where transformers loaded the model for DeepSpeed ZeRO-3, the experts become leaf
     modules, see :func:`mark_zero3_leaves`.
 
     Args:
@@ -37,6 +37,8 @@ def accelerate(model: nn.Module, *, strict: bool = True) -> Report:
     Raises:
         ValueError: the model has no MoE layers, or one of them (all of them, if not ``strict``) cannot be computed by
             moe_npu; nothing has been changed. The message names each layer and the reason.
+        RuntimeError: layers that were changed are not computed by moe_npu afterwards, because other code changes the
+            model or its configuration back. The message names each and the reason; the model stays changed.
     """
     layers = find_moe_layers(model)
     if not layers:
@@ -45,14 +47,15 @@ def accelerate(model: nn.Module, *, strict: bool = True) -> Report:
     if len(impossible) == len(layers) or (strict and impossible):
         raise ValueError(_refusal(model, {layer.name for layer in impossible}))
     if any(layer.change is Change.CONFIG for layer in layers):
-        _set_implementation(model)
+        _set_implementation(model, layers)
     for layer in layers:
         if layer.change is Change.ADAPTER:
             hf_adapters.adapt(layer.module)
     after = report(model)
     names = {layer.name for layer in impossible}
-    unchanged = [layer for layer in after.layers if not layer.is_active and layer.name not in names]
-    assert not unchanged, f"moe_npu should compute these layers by now: {unchanged}"
+    unchanged = {layer.name for layer in after.layers if not layer.is_active} - names
+    if unchanged:
+        raise RuntimeError(_incomplete(after, unchanged))
     if is_deepspeed_zero3_enabled():
         mark_zero3_leaves(model)
     return after
@@ -92,24 +95,37 @@ def _leaf(model: nn.Module, layer: MoELayer) -> nn.Module:
     return model.get_submodule(layer.name.rpartition(".")[0]) if is_plain else layer.module
 
 
-def _set_implementation(model: nn.Module) -> None:
+def _set_implementation(model: nn.Module, layers: list[MoELayer]) -> None:
     """Set it as transformers does, and where that does not reach."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.set_experts_implementation(NAME)
     # transformers passes over models whose source file has no decorated class: subclasses defined elsewhere, models
     # composed of others'; the experts read their own configuration
-    for layer in find_moe_layers(model):
+    for layer in layers:
         if layer.change is Change.CONFIG:
             config: Any = layer.module.config
-            config._experts_implementation = NAME
+            if getattr(config, "_experts_implementation", None) != NAME:
+                config._experts_implementation = NAME
 
 
 def _refusal(model: nn.Module, impossible: set[str]) -> str:
     everything = report(model)
-    refused = Report(everything.model_class, tuple(layer for layer in everything.layers if layer.name in impossible))
+    refused = _part(everything, impossible)
     hint = "" if len(impossible) == len(everything.layers) else "; strict=False changes the others"
     return (
         f"moe_npu cannot compute {len(impossible)} of {len(everything.layers)} MoE layers of {everything.model_class}, "
         f"nothing was changed{hint}:\n" + "\n".join(refused.reasons())
     )
+
+
+def _incomplete(after: Report, unchanged: set[str]) -> str:
+    return (
+        f"moe_npu changed {after.model_class}, but {len(unchanged)} of its {len(after.layers)} MoE layers do not run "
+        "it (something sets their configuration or forward back); load the model anew:\n"
+        + "\n".join(_part(after, unchanged).reasons())
+    )
+
+
+def _part(everything: Report, names: set[str]) -> Report:
+    return Report(everything.model_class, tuple(layer for layer in everything.layers if layer.name in names))

@@ -62,6 +62,8 @@ def fused_gate(experts: Any) -> FusedGate | None:
     Args:
         experts: a gated experts module of transformers.
     """
+    if "_apply_gate" in experts.__dict__:
+        return None  # set on this instance, bound to who knows what
     # Everything the answer depends on is read here, so that Dynamo guards it; compiled code asks again for other values
     values = [_constant(getattr(experts, name, None)) for name in _PARAMETERS]
     return _recognize(type(experts)._apply_gate, is_silu(getattr(experts, "act_fn", None)), *values)
@@ -116,7 +118,8 @@ def _recognize_by_value(
 def _probe(limits: list[float]) -> torch.Tensor:
     """float64 rows ``[R, 4]``, in which each pair of columns holds all pairs of values that matter."""
     edges = {edge for limit in limits if math.isfinite(limit) for edge in (limit * 0.99, limit * 1.01, limit * 2)}
-    sizes = sorted({0.1, 0.7, 1.5, 3.0, 11.0, 40.0} | {abs(edge) for edge in edges})
+    # up to the largest of float16: a gate that clamps anywhere below is another one
+    sizes = sorted({0.1, 0.7, 1.5, 3.0, 11.0, 40.0, 250.0, 2e3, 6.5e4} | {abs(edge) for edge in edges})
     values = [0.0, *sizes, *(-size for size in sizes)]
     pairs = torch.tensor(list(itertools.product(values, values)), dtype=torch.float64, device="cpu")
     return torch.cat((pairs, pairs.flip(0).roll(7, 0)), 1)

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from moe_npu.layers import hf_adapters
@@ -22,8 +23,9 @@ from moe_npu.quant import QuantScheme
 OWN_CODE = "own code"
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "num_routed_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("top_k", "num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k", "experts_top_k")
-# a word of a class name: Experts, MoE, MoeBlock, SparseMLP; not the Moe that names a family (Qwen3MoeAttention)
-_MOE_CLASS = re.compile(r"(Experts|SparseMLP|M[oO][eE](MLP|Layer|Block|Mlp)?|MoA)$")
+# a word of a class name: Experts, MoE, MoeBlock, SparseMLP; not the Moe that names a family (Qwen3MoeAttention), nor
+# experts that every token passes
+_MOE_CLASS = re.compile(r"((?<!Shared)Experts|SparseMLP|M[oO][eE](MLP|Layer|Block|Mlp)?|MoA)$")
 
 
 class Change(Enum):
@@ -54,18 +56,28 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a model, in its order."""
     modules = dict(model.named_modules())
     found: dict[str, MoELayer] = {}
+    around: set[str] = set()  # modules that contain a layer
     for describe in (_described, _guessed):  # what is known first: a guess must not cover it
+        inside: set[str] = set()  # modules of a layer, and what they contain
         for name, module in modules.items():
-            if not any(_is_related(name, other) for other in found):
+            parent = name.rpartition(".")[0]  # comes before, and the empty one of the root is its own
+            if name in found or parent in inside:
+                inside.add(name)
+            elif name not in around:
                 layer = describe(name, module, modules)
                 if layer is not None:
                     found[layer.name] = layer
+                    around.update(_containing(layer.name))
+                    if layer.name == name:
+                        inside.add(name)
     return [found[name] for name in modules if name in found]
 
 
-def _is_related(name: str, other: str) -> bool:
-    """Whether one is the other or contains it."""
-    return f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.") or not name or not other
+def _containing(name: str) -> Iterator[str]:
+    """The paths of the modules that contain the one at ``name``, up to the root."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _described(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> MoELayer | None:
@@ -108,6 +120,14 @@ def _decorated(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> M
         return _with_forward(name, module, modules, implementation, layout, Change.IMPOSSIBLE, reason)
     if implementation == NAME:
         return _with_forward(name, module, modules, NAME, layout, Change.NONE, None)
+    obstacle = None
+    if implementation != "eager" and implementation not in interface:
+        obstacle = f"there is no experts_implementation {implementation!r}"
+    elif hasattr(module, SCHEME_ATTRIBUTE):
+        obstacle = f"experts_implementation {implementation!r} cannot multiply weights in {_quantization(module)}"
+    if obstacle is not None:
+        reason = f"{obstacle}, so that its forward raises an error; moe_npu.accelerate(model) changes it"
+        return _with_forward(name, module, modules, "an error", layout, Change.CONFIG, reason)
     reason = f"experts_implementation is {implementation!r}; moe_npu.accelerate(model) changes it"
     return _with_forward(name, module, modules, implementation, layout, Change.CONFIG, reason)
 
@@ -130,12 +150,20 @@ def _interface(cls: type) -> ExpertsInterface | None:
 
 
 def _replaced_forward(module: nn.Module) -> str | None:
-    """The function that stands on the instance in place of the forward of its class, or None.
+    """The function that stands on the instance, or on its class, in place of the forward of the class, or None.
 
-    Two wrappers call the original: the hooks of accelerate, which keep it, and transformers' expert parallelism.
+    Three wrappers call the original: the hooks of accelerate, which keep it, transformers' expert parallelism, and
+    torch.compile.
     """
+    if isinstance(module, OptimizedModule):
+        return None
+    cls = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    own: Any = vars(cls)["forward"]
+    if cls.__module__.startswith("transformers.") and own.__module__ != cls.__module__:  # decorators keep it
+        return f"{own.__module__}.{own.__qualname__}"
     values = vars(module)
     forward = values["_old_forward"] if "_hf_hook" in values else values.get("forward")
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
     if forward is None or getattr(forward, "__func__", None) is type(module).forward:
         return None
     source = f"{getattr(forward, '__module__', '')}"
@@ -165,22 +193,10 @@ def _with_forward(
 
 def _guessed(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> MoELayer | None:
     """A layer that looks like experts: nothing that might be a MoE layer is passed over in silence."""
-    class_name, attribute = type(module).__name__, name.rpartition(".")[2]
-    children = list(module.children())
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        is_list = len(children) > 1 and len({type(child) for child in children}) == 1
-        if not is_list or not ("expert" in attribute.lower() or _MOE_CLASS.search(class_name)):
-            return None
-        layout = f"list of {len(children)}"
-    else:
-        is_stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
-        names_experts = _first_int(module, _NUM_EXPERTS) is not None
-        if not (_MOE_CLASS.search(class_name) and (is_stacked or names_experts)):
-            return None
-        if any(_guessed(child, submodule, modules) is not None for child, submodule in _inside(name, modules)):
-            return None  # the experts within are the layer
-        layout = "stacked" if is_stacked else "unknown"
-    source = type(module).__module__
+    layout = _guessed_layout(name, module, modules)
+    if layout is None:
+        return None
+    source, class_name = type(module).__module__, type(module).__name__
     if source.startswith("torch."):
         parent = modules[name.rpartition(".")[0]]
         source, class_name = type(parent).__module__, type(parent).__name__
@@ -188,9 +204,28 @@ def _guessed(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> MoE
     return _layer(name, module, modules, OWN_CODE, layout, Change.IMPOSSIBLE, reason)
 
 
+def _guessed_layout(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> str | None:
+    """How weights are stored in a module that looks like experts, None for one that does not."""
+    class_name, attribute = type(module).__name__, name.rpartition(".")[2]
+    children = list(module.children())
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        is_list = len(children) > 1 and len({type(child) for child in children}) == 1
+        if not is_list or not ("expert" in attribute.lower() or _MOE_CLASS.search(class_name)):
+            return None
+        return f"list of {len(children)}"
+    if not _MOE_CLASS.search(class_name):
+        return None
+    is_stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    if not is_stacked and _first_int(module, _NUM_EXPERTS) is None:
+        return None
+    if any(_guessed_layout(path, part, modules) is not None for path, part in _inside(name, modules)):
+        return None  # the experts within are the layer
+    return "stacked" if is_stacked else "unknown"
+
+
 def _inside(name: str, modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    prefix = f"{name}." if name else ""
-    return ((other, module) for other, module in modules.items() if other != name and other.startswith(prefix))
+    # one that has another path in the model is not counted here
+    return ((path, part) for path, part in modules[name].named_modules(prefix=name) if path != name and path in modules)
 
 
 def _layer(
@@ -236,7 +271,8 @@ def _top_k(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> int |
 
 def _quantization(module: nn.Module) -> str | None:
     for part in module.modules():
-        scheme = getattr(part, SCHEME_ATTRIBUTE, None) or getattr(part, "scheme", None)
+        # not getattr: nn.Module takes microseconds to say that it has no such attribute
+        scheme = vars(part).get(SCHEME_ATTRIBUTE) or vars(part).get("scheme")
         if isinstance(scheme, QuantScheme):
             return scheme.name
     if type(module).__module__.startswith("transformers.integrations."):

@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_npu.layers import hf
+from moe_npu.layers._routed_layers import is_transformers_experts
 from moe_npu.layers.quantized_experts import WEIGHTS, prepare_quantized_weights, set_quantized_weight
 from moe_npu.quant.checkpoint import Checkpoint
 from moe_npu.quant.formats import native
@@ -61,8 +62,8 @@ class MoeNpuHfQuantizer(HfQuantizer):
             native.check_tensors(Checkpoint(folders.pop()).tensors, scheme)
         found = False
         for module in model.modules():
-            if not hasattr(module, "_apply_gate") or not hasattr(module, "is_transposed"):
-                continue  # not an experts module
+            if not is_transformers_experts(module):
+                continue
             if module.is_transposed or module.has_bias or not hf.flag(module, "has_gate"):
                 raise ValueError(
                     f"{type(module).__name__} cannot be loaded quantized: its weights are transposed, ungated or biased"

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moe_npu.layers._table import aligned
 from moe_npu.layers.hf_layers import MoELayer, find_moe_layers
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _COLUMNS = ("layer", "layers", "class", "runs", "dtype", "weights", "experts", "top-k", "quantization")
+_NUMBERS = [_COLUMNS.index(name) for name in ("layers", "experts", "top-k")]
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Report:
             return f"{self.model_class} has no MoE layers"
         num_active = sum(layer.is_active for layer in self.layers)
         lines = [f"{self.model_class}: moe_npu computes {num_active} of {len(self.layers)} MoE layers", ""]
-        lines.extend(_table([_COLUMNS, *(_cells(*group) for group in _collapse(self.layers))]))
+        lines.extend(aligned([_COLUMNS, *(_cells(*group) for group in _collapse(self.layers))], right=_NUMBERS))
         if num_active < len(self.layers):
             lines.extend(["", "Not computed by moe_npu:", *self.reasons()])
         return "\n".join(lines)
@@ -136,7 +138,7 @@ def _collapse(layers: Iterable[LayerReport]) -> Iterator[tuple[str, int, LayerRe
         template = _INDEX.sub("*", layer.name)
         groups.setdefault((template, dataclasses.replace(layer, name="")), []).append(layer)
     for group in groups.values():
-        yield _common_name([layer.name for layer in group]), len(group), group[0]
+        yield _common_name([layer.name for layer in group]) or "(itself)", len(group), group[0]
 
 
 def _common_name(names: list[str]) -> str:
@@ -173,16 +175,3 @@ def _cells(name: str, number: int, layer: LayerReport) -> tuple[str, ...]:
         layer.layout,
         *("-" if value is None else str(value) for value in optional),
     )
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Aligned columns: numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    is_number = [_COLUMNS[column] in ("layers", "experts", "top-k") for column in range(len(_COLUMNS))]
-    return [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, is_number, strict=True)
-        ).rstrip()
-        for row in rows
-    ]

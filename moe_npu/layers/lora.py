@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from moe_npu.layers._lora import ATTRIBUTE, LoraSettings, base_name, lora_settings
+from moe_npu.layers._routed_layers import IMPLEMENTATION, SCHEME_ATTRIBUTE, is_transformers_experts
 from moe_npu.layers.experts import GroupedExperts
 from moe_npu.layers.quantized_experts import QuantizedExperts
 from moe_npu.quant import QuantScheme
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-_IMPLEMENTATION = "moe_npu"  # the one of transformers' experts that calls `with_lora`
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -161,7 +161,9 @@ def remove_lora(module: nn.Module) -> None:
 def experts_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The path of every experts module in ``module`` and the module."""
     for path, part in module.named_modules():
-        if isinstance(part, (GroupedExperts, QuantizedExperts)) or _is_of_transformers(part):
+        # without a configuration no implementation can be asked for: Step 3.7's, which `accelerate` gave its forward
+        is_dispatched = is_transformers_experts(part) and hasattr(part, "config")
+        if isinstance(part, (GroupedExperts, QuantizedExperts)) or is_dispatched:
             yield path, part
 
 
@@ -177,7 +179,7 @@ def adapted_weights(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 def scheme_of(experts: nn.Module) -> QuantScheme | None:
     """The scheme of quantized experts."""
-    scheme: QuantScheme | None = getattr(experts, "scheme", None) or getattr(experts, "moe_npu_scheme", None)
+    scheme: QuantScheme | None = getattr(experts, "scheme", None) or getattr(experts, SCHEME_ATTRIBUTE, None)
     return scheme
 
 
@@ -251,16 +253,11 @@ def set_adapter(
     getattr(experts, ATTRIBUTE)[weight] = settings
 
 
-def _is_of_transformers(module: nn.Module) -> bool:
-    """Whether transformers dispatches the forward of this module, by attributes that it gives to such experts."""
-    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "config")
-
-
 def _require_implementation(experts: Any) -> None:
-    if _is_of_transformers(experts) and experts.config._experts_implementation != _IMPLEMENTATION:
+    if is_transformers_experts(experts) and experts.config._experts_implementation != IMPLEMENTATION:
         raise ValueError(
             f"{type(experts).__name__} runs experts_implementation={experts.config._experts_implementation!r}, which "
-            f"applies no adapters; call model.set_experts_implementation({_IMPLEMENTATION!r})"
+            f"applies no adapters; call model.set_experts_implementation({IMPLEMENTATION!r})"
         )
 
 

@@ -139,7 +139,7 @@ def pooled_load_balancing_loss(
                 f"router_logits of all layers must have {num_experts} experts, but one has {logits.size(-1)}"
             )
         _check_sizes(logits, ids, mask)
-        probabilities = router_probabilities(logits, score_function)  # [T, E]
+        probabilities = router_probabilities(_without_padding(logits, mask), score_function)  # [T, E]
         is_token = _token_mask(mask, probabilities)  # [T, 1]
         parts.append(
             torch.cat(
@@ -207,7 +207,7 @@ def sequence_balance_loss(
             f"sequence_ids must have one element for each of the {num_tokens} tokens of router_logits, but has "
             f"{sequence_ids.numel()}"
         )
-    probabilities = router_probabilities(router_logits, score_function)  # [T, E]
+    probabilities = router_probabilities(_without_padding(router_logits, mask), score_function)  # [T, E]
     is_token = _token_mask(mask, probabilities)  # [T, 1]
     sequence = sequence_ids.reshape(-1, 1).long()  # [T, 1]
     is_expert = (topk_ids >= 0) & (topk_ids < num_experts)
@@ -246,7 +246,7 @@ def router_z_loss(router_logits: torch.Tensor, *, mask: torch.Tensor | None = No
     if router_logits.dim() != 2:
         raise ValueError(f"router_logits must have shape [T, E], but has shape {tuple(router_logits.shape)}")
     _check_mask(router_logits, mask)
-    logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
+    logits = _without_padding(router_logits, mask).to(torch.promote_types(router_logits.dtype, torch.float32))
     is_token = _token_mask(mask, logits).squeeze(1)  # [T]
     return (logits.logsumexp(-1).square() * is_token).sum() / is_token.sum().clamp_min(1)
 
@@ -315,6 +315,8 @@ def _check_sizes(router_logits: torch.Tensor, topk_ids: torch.Tensor, mask: torc
             "router_logits and topk_ids must have shapes [T, E] and [T, K] with the same number of tokens T, but have "
             f"{tuple(router_logits.shape)} and {tuple(topk_ids.shape)}"
         )
+    if topk_ids.size(1) == 0:
+        raise ValueError("topk_ids must have at least one expert per token, but has shape [T, 0]")
     _check_mask(router_logits, mask)
 
 
@@ -324,6 +326,11 @@ def _check_mask(router_logits: torch.Tensor, mask: torch.Tensor | None) -> None:
             f"mask must have one element for each of the {router_logits.size(0)} tokens of router_logits, but has "
             f"{mask.numel()}"
         )
+
+
+def _without_padding(router_logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The logits, 0 where there is padding: NaN or inf there would survive a product with 0."""
+    return router_logits if mask is None else router_logits.masked_fill(~mask.reshape(-1, 1).bool(), 0)
 
 
 def _token_mask(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

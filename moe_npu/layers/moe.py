@@ -76,13 +76,8 @@ class MoE(nn.Module):
             )
         self.num_experts = router.num_experts - num_zero_experts
         if dispatcher is None:
-            num_weights = getattr(experts, "num_experts", self.num_experts)
-            if num_weights != self.num_experts:
-                raise ValueError(
-                    f"the router chooses among {router.num_experts} experts, {num_zero_experts} of them zero experts, "
-                    f"but there are {num_weights}"
-                )
             dispatcher = LocalDispatcher(self.num_experts, has_absent_experts=num_zero_experts > 0)
+        _check_sizes(self.num_experts, num_zero_experts, experts, dispatcher)
         num_counted = getattr(expert_load, "num_experts", self.num_experts)
         if num_counted not in (self.num_experts, router.num_experts):
             raise ValueError(f"expert_load counts {num_counted} experts, but the router has {router.num_experts}")
@@ -226,6 +221,26 @@ class MoE(nn.Module):
             weight = routing.topk_weights.masked_fill(is_real, 0).sum(-1, keepdim=True)  # [T, 1]
             output = output + (tokens * weight).to(output.dtype)
         return output
+
+
+def _check_sizes(num_experts: int, num_zero_experts: int, experts: nn.Module, dispatcher: TokenDispatcher) -> None:
+    """Refuse ids that nobody computes. Parts that do not say their sizes are taken as they are."""
+    has_absent_experts = getattr(dispatcher, "has_absent_experts", False)
+    if isinstance(dispatcher, LocalDispatcher) and num_zero_experts and not has_absent_experts:
+        raise ValueError(
+            "the dispatcher must have has_absent_experts=True, since the ids of zero experts have no weights"
+        )
+    num_dispatched = getattr(dispatcher, "num_experts", num_experts)
+    if num_dispatched != num_experts and not (has_absent_experts and num_dispatched < num_experts):
+        raise ValueError(
+            f"the dispatcher is made for {num_dispatched} experts, but the router chooses among {num_experts}"
+        )
+    num_weights = getattr(experts, "num_experts", num_dispatched)
+    if num_weights != num_dispatched:
+        raise ValueError(
+            f"the router chooses among {num_experts + num_zero_experts} experts, {num_zero_experts} of them zero "
+            f"experts, but there are {num_weights} experts"
+        )
 
 
 def _families() -> Any:

@@ -20,7 +20,8 @@ class LayerRouting:
 
     Attributes:
         num_experts: E.
-        topk_ids: for each call ``[T, K]``, in the smallest of uint8, int16 and int32 that holds all E ids.
+        topk_ids: for each call ``[T, K]``, in the smallest of uint8, int16 and int32 that holds all E ids and the
+            id E, which stands for no expert.
         topk_weights: for each call ``[T, K]``, in the dtype that the router gave.
     """
 
@@ -31,9 +32,8 @@ class LayerRouting:
     @property
     def ids_dtype(self) -> torch.dtype:
         """The smallest dtype for the ids."""
-        if self.num_experts <= 256:
-            return torch.uint8
-        return torch.int16 if self.num_experts <= 2**15 else torch.int32
+        dtypes = (torch.uint8, torch.int16)
+        return next((dtype for dtype in dtypes if self.num_experts <= torch.iinfo(dtype).max), torch.int32)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_npu.layers._routed_layers import DID_NOT_RUN, RoutingVisitor, is_recomputation, routed_layers, visit_routing
+from moe_npu.layers._table import aligned
 from moe_npu.ops._library import register_op
 
 
@@ -188,7 +189,7 @@ class LayerLoad:
             return cls(name, 0, size, math.nan, math.nan, math.nan, dead)
         mean = total / size
         deviation = math.sqrt(sum((count - mean) ** 2 for count in values) / size)
-        entropy = -sum(count / total * math.log(count / total) for count in values if count)
+        entropy = sum(count / total * math.log(total / count) for count in values if count)
         relative = entropy / math.log(size) if size > 1 else 1.0
         return cls(name, total, size, max(values) / mean, deviation / mean, relative, dead)
 
@@ -209,14 +210,7 @@ class LoadReport:
             numbers = [f"{value:.3f}" for value in (layer.max_over_mean, layer.variation, layer.entropy)]
             summary = f"{len(layer.dead_experts)} ({dead})" if dead else "0"
             lines.append((layer.name, str(layer.num_experts), f"{layer.num_pairs:,}", *numbers, summary))
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if 0 < column < 6 else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return "\n".join(aligned(lines, right=range(1, 6)))
 
 
 def load_report(

@@ -92,10 +92,15 @@ def config_class(name: str) -> type:
         if inspect.isclass(value)
         and issubclass(value, transformers.PreTrainedConfig)
         and value.__module__ == module.__name__
-        and set(EXPERT_COUNTS) & set(getattr(value, "__annotations__", ()))
+        and set(EXPERT_COUNTS) & _entries(value)
     ]
     (config,) = found
     return config
+
+
+def _entries(config: type) -> set[str]:
+    """The names of what a class of configs adds; transformers 5.0 has no dataclasses."""
+    return set(vars(config).get("__annotations__", {}) or inspect.signature(config.__init__).parameters)
 
 
 class Case(NamedTuple):

@@ -182,10 +182,17 @@ def test_no_tokens() -> None:
         ({"capacity_factor": 1.0, "capacity": 2}, "but they are 1.0 and 2"),
         ({"capacity_factor": 0.0}, "capacity_factor must be positive and finite, but is 0.0"),
         ({"capacity_factor": float("nan")}, "but is nan"),
-        ({"capacity": 0}, "capacity must be positive and finite, but is 0"),
+        ({"capacity": 0}, "capacity must be a whole number of at least 1, but is 0"),
+        ({"capacity": 1.5}, "capacity must be a whole number of at least 1, but is 1.5"),
+        ({"capacity_factor": "1.0"}, "capacity_factor must be positive and finite, but is '1.0'"),
         ({"capacity": 1, "drop": "first"}, "drop must be 'last' or 'lightest', but is 'first'"),
     ],
 )
 def test_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CapacityDispatcher(E, **options)
+
+
+def test_there_are_experts() -> None:
+    with pytest.raises(ValueError, match="num_experts must be a whole number of at least 1, but is 0"):
+        CapacityDispatcher(0, capacity=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel
@@ -208,6 +209,16 @@ class TestEnumeration:
             block = cls.__new__(cls)  # not built: it is refused for what it is
             with pytest.raises(ValueError, match=r"has no native layer: .*\."):
                 MoE.from_hf(block)
+
+    @pytest.mark.skipif(not transformers.__version__.startswith("5.24."), reason="numbers of transformers 5.24")
+    def test_the_documentation_has_the_numbers(self) -> None:
+        folders, of_folders = (len({name.partition(".")[0] for name in names}) for names in (SUPPORTED, BLOCKS))
+        root = Path(__file__).parents[2]
+        for file, sentence in (
+            ("README.md", f"{len(SUPPORTED)} of the {len(BLOCKS)} MoE blocks of transformers 5.24"),
+            ("docs/layers.md", f"{folders} of the {of_folders} model folders of transformers 5.24"),
+        ):
+            assert sentence in " ".join((root / file).read_text().split())
 
     @pytest.mark.parametrize("name", ["inkling_text", "zaya", "doge", "switch_transformers"])
     def test_unsupported_configs_say_why(self, name: str) -> None:
@@ -415,6 +426,9 @@ QWEN = REAL["Qwen3-30B-A3B"][0] | {"hidden_size": 16, "moe_intermediate_size": 8
                                   "num_experts_per_tok": 2}  # fmt: skip
 
 
+NOTE = {"model_type": "dots3_note_vision_encoder", "num_hidden_layers": 1, "mlp_layer_types": ["sparse"]}
+
+
 def without(name: str) -> dict[str, object]:
     return {key: value for key, value in QWEN.items() if key != name}
 
@@ -442,6 +456,12 @@ class TestErrors:
                 None,
                 "has experts for text and for images, of sizes [8, 4]",
             ),
+            (
+                NOTE | {"per_layer_config": [8]},
+                0,
+                "per_layer_config must map the indices of layers to entries, but is [8",
+            ),
+            (NOTE | {"per_layer_config": {"0": 8}}, 0, "per_layer_config must have an object for layer 0, but has 8"),
         ],
     )
     def test_configs(self, config: dict[str, object], layer_idx: int | None, message: str) -> None:
@@ -509,6 +529,32 @@ class TestCopies:
         assert trained == {name for name in moe.state_dict() if not name.startswith("experts.")}
         pointers = {tensor.data_ptr() for tensor in block.state_dict().values()}
         assert not pointers & {tensor.data_ptr() for tensor in moe.state_dict().values()}
+
+    @pytest.mark.parametrize("name", SUPPORTED)
+    def test_what_is_trained_is_what_the_block_trains(self, name: str) -> None:
+        case = hf.Case(name, "bias") if hf.Case(name, "bias") in CASES else hf.Case(name)
+        config = hf.tiny_config(case)
+        block = hf.tiny_block(case, config)
+        parameters = dict(block.named_parameters())
+        becomes = {}  # the parameter of ours that one of theirs goes into
+        for theirs, parameter in parameters.items():
+            for other in block.state_dict().values():
+                other.zero_()
+            parameter.data.fill_(1)
+            ours = [one for one, tensor in native(case, block, config).named_parameters() if tensor.any()]
+            assert len(ours) <= 1
+            becomes.update(dict.fromkeys([theirs] if ours else [], *ours))
+        for ours in set(becomes.values()):
+            block.requires_grad_(False)
+            parts = [parameters[theirs] for theirs in becomes if becomes[theirs] == ours]
+            for part in parts:
+                part.requires_grad_(True)
+            trained = [one for one, tensor in native(case, block, config).named_parameters() if tensor.requires_grad]
+            assert trained == [ours]
+            if len(parts) > 1:
+                parts[-1].requires_grad_(False)
+                with pytest.raises(ValueError, match=f"has one parameter {re.escape(ours)} for them"):
+                    native(case, block, config)
 
     @pytest.mark.parametrize("block", ["gpt_oss.GptOssMLP", "muse_spark.MuseSparkMoE", "llama4.Llama4TextMoe"])
     def test_one_graph(self, block: str) -> None:

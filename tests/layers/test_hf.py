@@ -24,6 +24,8 @@ from transformers import (
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import moe_npu
+from moe_npu.layers._routed_layers import is_transformers_experts
+from moe_npu.layers.lora import experts_modules
 
 SIZES = {
     "vocab_size": 96,
@@ -247,3 +249,94 @@ def test_quantizing_at_load_is_refused(tmp_path: Path) -> None:
 
 def test_public_names() -> None:
     assert moe_npu.__version__
+
+
+NEED_TRANSFORMERS = ["Report", "accelerate", "mark_zero3_leaves", "report"]
+WITHOUT_TRANSFORMERS = """
+import sys
+
+class Missing:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "transformers":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing)
+import moe_npu
+"""
+
+
+@pytest.mark.parametrize("name", NEED_TRANSFORMERS)
+def test_names_that_need_transformers(name: str) -> None:
+    assert getattr(moe_npu, name).__name__ == name
+    assert getattr(moe_npu, name).__doc__
+    assert name not in moe_npu.__all__
+
+
+def test_without_transformers_these_names_say_what_to_install() -> None:
+    code = (
+        f"for name in {NEED_TRANSFORMERS}:\n"
+        "    try:\n        getattr(moe_npu, name)\n"
+        "    except ImportError as error:\n        print(error)"
+    )
+    said = run(WITHOUT_TRANSFORMERS + code).splitlines()
+    assert len(said) == len(NEED_TRANSFORMERS)
+    for name, line in zip(NEED_TRANSFORMERS, said, strict=True):
+        assert line.startswith(f"moe_npu.{name} needs transformers (No module named 'transformers'): ")
+        assert line.endswith(": pip install 'moe-npu[transformers]'")
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'moe_npu' has no attribute 'acelerate'"):
+        _ = moe_npu.acelerate
+
+
+def test_import_star_needs_no_transformers() -> None:
+    assert run(WITHOUT_TRANSFORMERS + "from moe_npu import *; print(MoE.__name__)") == "MoE"
+    assert run("import sys; from moe_npu import *; print('transformers' in sys.modules)") == "False"
+
+
+def test_experts_are_found_by_their_attributes() -> None:
+    experts = experts_module()
+    for flag in ("has_gate", "has_post_expert_norm", "is_concatenated", "_is_expert_parallel"):
+        vars(experts).pop(flag, None)  # the first releases do not set them
+    assert is_transformers_experts(experts)
+    assert [module for _, module in experts_modules(nn.Sequential(experts, nn.Linear(2, 2)))] == [experts]
+    del experts.has_bias
+    assert not is_transformers_experts(experts)
+    assert not is_transformers_experts(moe_npu.GroupedExperts(2, 4, 4))
+
+
+def test_accelerate_says_so_where_the_configuration_is_set_back() -> None:
+    class Stubborn(Qwen3MoeConfig):
+        """A configuration that does not let the implementation be changed."""
+
+        def __setattr__(self, key: str, value: object) -> None:
+            super().__setattr__(key, "eager" if key.startswith("_experts_implementation") else value)
+
+    model = nn.Sequential(experts_module())
+    model[0].config = Stubborn()
+    with pytest.raises(RuntimeError, match=r"1 of its 1 MoE layers do not run it[\s\S]*  0 \(Qwen3MoeExperts\): exp"):
+        moe_npu.accelerate(model)
+
+
+def test_a_guess_covers_no_known_layer() -> None:
+    class Networks(moe_npu.GroupedExperts):
+        """Experts by their base class, not by their name."""
+
+    class SomeMoE(nn.Module):
+        """A MoE layer by its name."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_experts = 2
+            self.inner = nn.Sequential(Networks(2, 4, 4))
+            self.inner1 = nn.Linear(4, 4)
+
+    class OtherMoE(nn.Module):
+        """A MoE layer by its name only."""
+
+        num_experts = 2
+
+    model = nn.ModuleDict({"a": SomeMoE(), "ab": OtherMoE()})
+    assert [layer.name for layer in moe_npu.report(model).layers] == ["a.inner.0", "ab"]

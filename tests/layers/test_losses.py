@@ -286,3 +286,20 @@ ERRORS = [
 def test_errors(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("padding", [math.nan, math.inf, -math.inf])
+def test_padding_may_hold_anything(padding: float) -> None:
+    logits = torch.randn(6, 4)
+    ids, mask = torch.randint(4, (6, 2)), torch.tensor([1, 1, 0, 1, 1, 0])
+    polluted = logits.masked_fill(mask.view(-1, 1) == 0, padding).requires_grad_()
+    for loss in (
+        lambda x: load_balancing_loss(x, ids, mask=mask),
+        lambda x: sequence_balance_loss(x, ids, num_sequences=2, mask=mask),
+        lambda x: router_z_loss(x, mask=mask),
+    ):
+        value = loss(polluted)
+        torch.testing.assert_close(value, loss(logits))
+        (grad,) = torch.autograd.grad(value, polluted)
+        assert grad.isfinite().all()
+        assert not grad[mask == 0].any()

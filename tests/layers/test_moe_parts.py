@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import moe_npu
 from moe_npu import sim
 from moe_npu.layers.activations import clamped_swiglu
+from moe_npu.layers.dispatch import CapacityDispatcher
 from moe_npu.layers.routers import Llama4Router
 from moe_npu.layers.stats import ExpertLoad
 from tests.helpers.assertions import assert_close
@@ -291,6 +292,17 @@ def test_token_ids_reach_the_router() -> None:
         pytest.param({"num_zero_experts": -1}, "num_zero_experts must leave some", id="negative"),
         pytest.param({"expert_load": ExpertLoad(4)}, "counts 4 experts, but the router has 5", id="expert-load"),
         pytest.param({"num_zero_experts": 1}, "5 experts, 1 of them zero experts, but there are 5", id="too-few"),
+        pytest.param(
+            {"dispatcher": moe_npu.LocalDispatcher(E), "num_zero_experts": 1}, "has_absent_experts=True", id="no-absent"
+        ),
+        pytest.param(
+            {"dispatcher": CapacityDispatcher(E - 1, capacity=2)},
+            "dispatcher is made for 4 experts, but .* 5",
+            id="fewer",
+        ),
+        pytest.param(
+            {"dispatcher": moe_npu.LocalDispatcher(E + 1)}, "dispatcher is made for 6 experts, but .* 5", id="more"
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:

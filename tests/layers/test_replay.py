@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -15,10 +16,12 @@ from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3M
 import moe_npu
 from moe_npu.layers import replay
 from moe_npu.layers.replay import force_balanced, record_routing, replay_routing
+from moe_npu.layers.routers import RouterOutput
 from moe_npu.layers.routing_record import LayerRouting, RoutingRecord
 from tests.helpers import hf_moe_blocks as blocks
 
 E, H, K, VOCAB = 8, 32, 2, 64
+IS_OLDEST = transformers.__version__.startswith("5.0.")
 NAMES = ["model.layers.0.mlp", "model.layers.1.mlp"]
 TINY: dict[str, Any] = {
     "hidden_size": H,
@@ -63,6 +66,16 @@ class Native(nn.Module):
         for layer in self.layers:
             x = x + layer(x)
         return x
+
+
+class SometimesNone(moe_npu.SoftmaxTopKRouter):
+    """Every other token has no expert in its last slot: the id E, as in Zaya."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> RouterOutput:
+        output = super().forward(hidden_states, **kwargs)
+        topk_ids = output.topk_ids.clone()
+        topk_ids[::2, -1] = self.num_experts
+        return output._replace(topk_ids=topk_ids)
 
 
 def prompt(batch: int = 2, length: int = 7) -> Tensor:
@@ -116,6 +129,8 @@ class TestRecord:
         assert list(record.layers) == NAMES
         for layer, logits in zip(record.layers.values(), expected.router_logits, strict=True):
             values, chosen = logits.topk(K, -1)
+            if IS_OLDEST and make is qwen:
+                values = values.log()  # there, what Qwen3 calls logits are probabilities
             assert layer.topk_ids[0].dtype == torch.uint8
             assert torch.equal(layer.topk_ids[0].long(), chosen)
             torch.testing.assert_close(layer.topk_weights[0], values.softmax(-1))
@@ -131,8 +146,20 @@ class TestRecord:
         assert not record.layers["layers.0"].topk_weights[0].requires_grad
 
     def test_ids_are_as_small_as_they_can_be(self) -> None:
-        sizes = {256: torch.uint8, 257: torch.int16, 2**15: torch.int16, 2**15 + 1: torch.int32}
+        sizes = {255: torch.uint8, 256: torch.int16, 2**15 - 1: torch.int16, 2**15: torch.int32}
         assert {size: LayerRouting(size).ids_dtype for size in sizes} == sizes
+
+    @pytest.mark.parametrize("num_experts", [255, 256, 2**15 - 1, 2**15])
+    def test_the_id_of_no_expert_is_kept(self, num_experts: int, tmp_path: Path) -> None:
+        router, x = SometimesNone(4, num_experts, K, norm_topk_prob=True), torch.randn(6, 4)
+        with record_routing(router) as record:
+            expected = router(x).topk_ids
+        assert (expected == num_experts).any()
+        record.save(tmp_path / "routing.safetensors")
+        for found in (record, RoutingRecord.load(tmp_path / "routing.safetensors")):
+            assert torch.equal(found.layers[""].topk_ids[0].int(), expected)
+            with replay_routing(router, found, weights="recorded"):
+                assert torch.equal(router(torch.randn(6, 4)).topk_ids, expected)
 
     def test_prefill_and_decoding_are_one_forward(self) -> None:
         model, ids = qwen().eval(), prompt(3, 5)
@@ -408,6 +435,14 @@ CASES = [
     for case in blocks.cases(blocks.block_names())
     if case.block.partition(".")[0] not in ABSENT and case.block not in PARTS
 ]
+# why there is nothing to record in transformers 5.0
+ABSENT_IN_OLDEST = {
+    **dict.fromkeys(
+        ("afmoe", "aria", "granitemoe", "granitemoehybrid", "granitemoeshared"), "its experts are not decorated"
+    ),
+    "hunyuan_v1_moe": "it hands the weights of all experts to its experts, not those of the chosen ones",
+    "deepseek_v2-groups": "it fails by itself: its block has no num_experts",
+}
 
 
 class Branch(nn.Module):
@@ -425,6 +460,10 @@ class Branch(nn.Module):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_family(case: blocks.Case) -> None:
+    model = case.block.partition(".")[0]
+    reason = ABSENT_IN_OLDEST.get(model) or ABSENT_IN_OLDEST.get(f"{model}-{case.variant}")
+    if IS_OLDEST and reason is not None:
+        pytest.skip(f"transformers {transformers.__version__}: {reason}")
     block, x = blocks.tiny_block(case, blocks.tiny_config(case)), torch.randn(2, 6, 32)
     if hasattr(block, "pre_feedforward_layernorm_2"):
         block = Branch(block)
@@ -458,13 +497,13 @@ def test_every_family(case: blocks.Case) -> None:
 def test_a_group_score_that_looks_like_a_choice() -> None:
     """With one group, DeepSeek-V3 takes the two best of all experts first."""
     (case,) = (case for case in CASES if str(case) == "deepseek_v3.DeepseekV3MoE-unnormalized")
-    block, x = blocks.tiny_block(case, blocks.tiny_config(case)), torch.randn(2, 6, 32)
-    record = random_record([12], [""], top_k=3)
+    config, x = blocks.tiny_config(case), torch.randn(2, 6, 32)
+    block, record = blocks.tiny_block(case, config), random_record([12], [""], top_k=3)
     with replay_routing(block, record, weights="router"), record_routing(block) as again:
         block(x)
     assert_ids_equal(again, record)
     scores = (x.view(12, 32) @ block.gate.weight.T).sigmoid()
-    expected = scores.gather(1, record.layers[""].topk_ids[0].long()) * block.gate.routed_scaling_factor
+    expected = scores.gather(1, record.layers[""].topk_ids[0].long()) * config.routed_scaling_factor
     torch.testing.assert_close(again.layers[""].topk_weights[0], expected.detach())
 
 

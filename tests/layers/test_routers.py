@@ -304,8 +304,9 @@ def groups(**options: Any) -> routers.Router:
         (
             lambda: routers.TopKSoftmaxRouter(H, 4, 5),
             ValueError,
-            "top_k must be between 1 and num_experts = 4, but is 5",
+            "top_k must be a whole number from 1 to num_experts = 4, but is 5",
         ),
+        (lambda: routers.TopKSoftmaxRouter(H, 4, 2.0), ValueError, "top_k must be a whole number .* but is 2.0"),
         (lambda: groups(num_groups=3), ValueError, "num_groups must divide num_experts = 8, but is 3"),
         (lambda: groups(topk_groups=5), ValueError, "topk_groups must be between 1 and num_groups = 4, but is 5"),
         (lambda: groups(num_groups=8), ValueError, "groups of at least 2 experts, but num_groups = 8"),

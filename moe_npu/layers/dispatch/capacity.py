@@ -61,9 +61,13 @@ class CapacityDispatcher(TokenDispatcher):
             raise ValueError(
                 f"one of capacity_factor and capacity must be given, but they are {capacity_factor} and {capacity}"
             )
-        for name, value in (("capacity_factor", capacity_factor), ("capacity", capacity)):
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, but is {value}")
+        for name, count in (("num_experts", num_experts), ("capacity", capacity)):
+            if count is not None and (not isinstance(count, int) or count < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, but is {count!r}")
+        if capacity_factor is not None:
+            is_number = isinstance(capacity_factor, (int, float))
+            if not is_number or not 0 < capacity_factor < float("inf"):
+                raise ValueError(f"capacity_factor must be positive and finite, but is {capacity_factor!r}")
         if drop not in ("last", "lightest"):
             raise ValueError(f"drop must be 'last' or 'lightest', but is {drop!r}")
         self.num_experts = num_experts

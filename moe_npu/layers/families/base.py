@@ -101,7 +101,7 @@ class Config:
         """The config of one layer, where ``per_layer_config`` has entries for each; else this one, of one layer.
 
         Raises:
-            ValueError: layers differ and ``layer_idx`` is None.
+            ValueError: layers differ and ``layer_idx`` is None, or what a mapping has for layers is no mapping.
         """
         is_mapping = isinstance(self.source, Mapping)
         if not self.get("per_layer_config" if is_mapping else "is_heterogeneous", None):
@@ -111,7 +111,12 @@ class Config:
         layers = self["per_layer_config"]
         if not is_mapping:
             return Config(layers[layer_idx])
-        return Config({**self.source, **layers.get(layer_idx, layers.get(str(layer_idx), {}))})
+        if not isinstance(layers, Mapping):
+            raise ValueError(f"per_layer_config must map the indices of layers to entries, but is {layers!r:.80}")
+        entries = layers.get(layer_idx, layers.get(str(layer_idx), {}))
+        if not isinstance(entries, Mapping):
+            raise ValueError(f"per_layer_config must have an object for layer {layer_idx}, but has {entries!r:.80}")
+        return Config({**self.source, **entries})
 
     @property
     def model_type(self) -> str:

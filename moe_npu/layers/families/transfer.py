@@ -306,12 +306,32 @@ def _target(target: torch.Tensor, tensor: torch.Tensor, layer: Layer, name: str)
 
 
 def _is_trained(module: nn.Module, layer: Layer, name: str) -> bool:
-    """Whether the parameter of ours called ``name`` has a gradient in the block."""
-    theirs = next((tensor.theirs for tensor in layer.tensors if tensor.ours == name), None)
-    if theirs is None:
-        theirs = tuple(layer.layout.names(1, bias=name in _BIASES))
+    """Whether what becomes the parameter of ours called ``name`` has a gradient in the block.
+
+    Raises:
+        ValueError: a part of it has and another one has not.
+    """
     parameters = dict(module.named_parameters())
-    return any(parameters[one].requires_grad for one in theirs if one in parameters)
+    trained = {one: parameters[one].requires_grad for one in _sources(layer, name) if one in parameters}
+    if len(set(trained.values())) > 1:
+        frozen, free = ([one for one, value in trained.items() if value is wanted] for wanted in (False, True))
+        raise ValueError(
+            f"{' and '.join(frozen)} must be trained or frozen like {' and '.join(free)}, since MoE has one parameter "
+            f"{name} for them, but only the former does not require gradients"
+        )
+    return any(trained.values())
+
+
+def _sources(layer: Layer, name: str) -> tuple[str, ...]:
+    """The tensors of a block that become the parameter of ours called ``name``."""
+    theirs = next((tensor.theirs for tensor in layer.tensors if tensor.ours == name), None)
+    if theirs is not None:
+        return theirs
+    # blocks hold stacked experts, so that each name stands for all: weights, then biases, those of down_proj at the end
+    is_bias = name in _BIASES
+    names = tuple(layer.layout.names(1, bias=is_bias))
+    own = names[len(names) // 2 :] if is_bias else names
+    return own[-1:] if name.startswith("experts.down_proj") else own[:-1]
 
 
 def _some(names: Iterable[str]) -> str:

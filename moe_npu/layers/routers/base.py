@@ -46,8 +46,8 @@ class Router(nn.Module, ABC):
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k must be between 1 and num_experts = {num_experts}, but is {top_k}")
+        if not isinstance(top_k, int) or not isinstance(num_experts, int) or not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k must be a whole number from 1 to num_experts = {num_experts!r}, but is {top_k!r}")
         self.num_experts = num_experts
         self.top_k = top_k
 
