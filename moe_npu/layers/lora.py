@@ -105,8 +105,9 @@ def merge_lora(module: nn.Module, *, keep_base: bool = True) -> None:
 
     Args:
         module: a model, a layer, or experts.
-        keep_base: keep a copy of the weights, for :func:`unmerge_lora`. Without, the adapters are removed: the module
-            is left as if it had been trained without them.
+        keep_base: keep a copy of the weights, for :func:`unmerge_lora`, which is part of the ``state_dict``: that loads
+            into merged adapters only. Without, the adapters are removed: the module is left as if it had been trained
+            without them, which is what to save.
 
     Raises:
         ValueError: there are no adapters, they are merged already, or they are on quantized weights.
@@ -124,7 +125,8 @@ def merge_lora(module: nn.Module, *, keep_base: bool = True) -> None:
     for _, experts, weight in adapted:
         stacked: torch.Tensor = getattr(experts, weight)
         if keep_base:
-            experts.register_buffer(base_name(weight), stacked.detach().clone(), persistent=False)
+            # persistent: without it a saved state would load as weights and adapters that are to be added once more
+            experts.register_buffer(base_name(weight), stacked.detach().clone())
         _add_product(experts, weight, stacked)
     if not keep_base:
         _remove(adapted)

@@ -138,7 +138,8 @@ class MoE(nn.Module):
             layer_idx: index of the layer; needed where MoE layers differ and the block does not hold it.
 
         Raises:
-            ValueError: there is no native layer for this block, or its tensors are not those that its config says.
+            ValueError: there is no native layer for this block, its tensors are not those that its config says, or
+                tensors that are one parameter here are partly frozen.
         """
         return _families().from_hf(module, config=config, layer_idx=layer_idx)
 

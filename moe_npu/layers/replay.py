@@ -122,10 +122,22 @@ class _Player:
             raise RuntimeError(
                 f"layer {self._name!r} is repeated in backward, but routes unlike in any of its {self.num_calls} calls"
             )
+        calls = [call for call in calls if call in self._pending] or calls
         call = calls[-1]
+        if not all(self._is_recorded_alike(call, other) for other in calls[:-1]):
+            raise RuntimeError(
+                f"layer {self._name!r} is repeated in backward, and {len(calls)} calls route the same but are recorded "
+                "differently: run backward after each forward"
+            )
         if call in self._pending:
             self._pending.remove(call)
         return call
+
+    def _is_recorded_alike(self, call: int, other: int) -> bool:
+        routing = self._routing
+        return torch.equal(routing.topk_ids[call], routing.topk_ids[other]) and torch.equal(
+            routing.topk_weights[call], routing.topk_weights[other]
+        )
 
     def _is_like(self, call: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> bool:
         ids, weights = self._natural[call]
@@ -342,7 +354,12 @@ class _ForcedTopK(TorchFunctionMode):
 
     def at_experts(self, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> _Pair:
         """Check that the choice was made under this mode."""
-        forced = self.forced.get(topk_ids.size(1))
+        top_k = topk_ids.size(1)
+        if self._top_k not in (None, top_k):
+            raise ValueError(
+                f"layer {self._name!r} routes to {top_k} experts per token, but the record has {self._top_k}"
+            )
+        forced = self.forced.get(top_k)
         if forced is None:
             raise RuntimeError(
                 f"layer {self._name!r} does not choose by torch.topk over {self._num_experts} experts, so that its "

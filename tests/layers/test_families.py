@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 import moe_npu
 from moe_npu.layers import families
@@ -570,3 +572,52 @@ class TestCopies:
         assert [(layer.num_experts, layer.router.top_k) for layer in layers] == [(4, 1), (6, 2)]
         with pytest.raises(ValueError, match=re.escape("layer_idx is needed: num_experts is [4, 6]")):
             MoE.from_config(serialized)
+
+
+QWEN = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 8,
+    "moe_intermediate_size": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "layer_idx", "message"),
+    [
+        ({"num_experts": 256.0}, None, "num_experts of the config must be a whole number of at least 0, but is 256.0"),
+        ({"num_experts": True}, None, "num_experts of the config must be a whole number"),
+        ({"hidden_size": "x"}, None, "hidden_size of the config must be a whole number of at least 1, but is 'x'"),
+        ({"hidden_size": 0}, None, "hidden_size of the config must be .* at least 1, but is 0"),
+        ({"moe_intermediate_size": -3}, None, "moe_intermediate_size of the config must be .* but is -3"),
+        ({}, "a", "layer_idx must be a whole number from 0 to .* but is 'a'"),
+        ({}, -1, "layer_idx must be a whole number from 0 to .* but is -1"),
+    ],
+)
+def test_wrong_values_are_refused(changes: dict[str, Any], layer_idx: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        moe_npu.MoE.from_config(QWEN | changes, layer_idx)
+
+
+def test_a_factor_is_a_number() -> None:
+    config = {**transformers.DeepseekV3Config().to_dict(), "routed_scaling_factor": float("nan")}
+    with pytest.raises(ValueError, match="routed_scaling_factor of the config must be a finite number, but is nan"):
+        moe_npu.MoE.from_config(config, 3, device="meta")
+
+
+def test_a_block_on_meta_takes_no_weights() -> None:
+    moe = moe_npu.MoE.from_config(QWEN)
+    with torch.device("meta"):
+        block = Qwen3MoeSparseMoeBlock(transformers.Qwen3MoeConfig(**QWEN))
+    with pytest.raises(ValueError, match="on meta"):
+        moe.to_hf(block)
+
+
+def test_a_router_alone_is_no_block() -> None:
+    config = transformers.Qwen3MoeConfig(**QWEN)
+    block = Qwen3MoeSparseMoeBlock(config)
+    with pytest.raises(ValueError, match=r"module must be a MoE block|no native layer"):
+        families.router_from_hf(block.gate, config=config)

@@ -300,6 +300,21 @@ class TestMerge:
         with pytest.raises(ValueError, match="has no adapters"):
             unmerge_lora(experts)
 
+    def test_a_merged_state_does_not_load_as_adapters_to_be_added(self) -> None:
+        def adapted() -> moe_npu.GroupedExperts:
+            experts = moe_npu.GroupedExperts(4, 16, 8)
+            add_lora(experts, rank=2, alpha=2)
+            return experts
+
+        merged, other = adapted(), adapted()
+        merge_lora(merged)
+        with pytest.raises(RuntimeError, match="gate_up_proj_lora_base"):
+            other.load_state_dict(merged.state_dict())
+        with pytest.raises(RuntimeError, match="gate_up_proj_lora_base"):
+            merged.load_state_dict(other.state_dict())
+        merge_lora(other)
+        other.load_state_dict(merged.state_dict())
+
     def test_order_of_calls(self) -> None:
         experts = make_experts()
         with pytest.raises(ValueError, match="is not merged"):

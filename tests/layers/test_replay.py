@@ -582,3 +582,18 @@ class TestErrors:
     def test_nothing_was_balanced(self) -> None:
         with pytest.raises(RuntimeError, match="nothing was balanced in"), force_balanced(qwen()):
             pass
+
+    def test_another_top_k(self) -> None:
+        model = qwen()
+        record = random_record([14], top_k=K + 1)
+        with pytest.raises(ValueError, match=f"record has {K + 1}"), replay_routing(model, record, weights="router"):
+            model(prompt())
+
+    def test_repeated_calls_that_only_the_record_tells_apart(self) -> None:
+        model, ids = qwen().train(), prompt()
+        model.activation_checkpointing_enable()
+        record = random_record([14, 14])
+        with replay_routing(model, record, weights="recorded"):
+            losses = [model(ids, labels=ids, use_cache=False).loss for _ in range(2)]
+            with pytest.raises(RuntimeError, match="route the same but are recorded differently"):
+                losses[0].backward()

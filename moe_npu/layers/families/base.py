@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,6 +39,18 @@ _SYNONYMS = (
 _MISSING = object()
 
 
+def _check_value(name: str, value: Any) -> None:
+    """Refuse sizes and factors that are none; lists have one for each layer."""
+    if isinstance(value, (list, tuple, Mapping)):
+        return
+    if name.endswith("_size") or name.startswith("num_experts") or name in ("n_routed_experts", "n_shared_experts"):
+        least = 1 if name in ("hidden_size", "moe_intermediate_size") else 0
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} of the config must be a whole number of at least {least}, but is {value!r}")
+    if name.endswith("scaling_factor") and (type(value) not in (int, float) or not math.isfinite(value)):
+        raise ValueError(f"{name} of the config must be a finite number, but is {value!r}")
+
+
 class Config:
     """Reads a config of transformers, or a mapping with its entries.
 
@@ -62,6 +75,8 @@ class Config:
         found = {key: value for key in names if (value := self._read(key)) is not _MISSING and value is not None}
         if len({json.dumps(value, default=str) for value in found.values()}) > 1:
             raise ValueError(f"the config has different values for one setting: {found}")
+        for key, value in found.items():
+            _check_value(key, value)
         return next(iter(found.values()), _MISSING)
 
     def __getitem__(self, name: str) -> Any:

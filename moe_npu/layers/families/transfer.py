@@ -37,9 +37,9 @@ def is_moe_layer(config: Any, layer_idx: int) -> bool:
     reader = read_config(config)
     family = get_family(reader.model_type)
     num_layers = reader.get("num_hidden_layers", None)
-    if layer_idx < 0 or (num_layers is not None and layer_idx >= num_layers):
+    if type(layer_idx) is not int or layer_idx < 0 or (num_layers is not None and layer_idx >= num_layers):
         last = "the number of layers - 1" if num_layers is None else num_layers - 1
-        raise ValueError(f"layer_idx must be between 0 and {last}, but is {layer_idx}")
+        raise ValueError(f"layer_idx must be a whole number from 0 to {last}, but is {layer_idx!r}")
     return family.is_moe_layer(reader, layer_idx)
 
 
@@ -93,6 +93,8 @@ def to_hf(moe: MoE, module: nn.Module, *, config: Any = None, layer_idx: int | N
     for name, tensor in stored.items():
         if name not in targets:
             raise ValueError(f"{type(module).__name__} has no tensor {name}, which {type(moe).__name__} stores there")
+        if targets[name].is_meta or tensor.is_meta:
+            raise ValueError(f"{name} of {type(module).__name__} or of this layer is on meta: there is nothing to copy")
         _target(targets[name], tensor, layer, name)
     with torch.no_grad():
         for name, tensor in stored.items():
@@ -159,11 +161,14 @@ def router_from_hf(module: nn.Module, *, config: Any = None, layer_idx: int | No
     router = layer.router(device="meta", dtype=None)
     state = {name: tensor.detach() for name, tensor in _tensors(module).items()}
     targets = {f"router.{name}": tensor for name, tensor in _tensors(router).items()}
-    loaded = {
-        tensor.ours.removeprefix("router."): _join(tensor, state, targets[tensor.ours])
-        for tensor in layer.tensors
-        if tensor.ours in targets
-    }
+    try:
+        loaded = {
+            tensor.ours.removeprefix("router."): _join(tensor, state, targets[tensor.ours])
+            for tensor in layer.tensors
+            if tensor.ours in targets
+        }
+    except KeyError as error:
+        raise ValueError(f"module must be a MoE block, but {type(module).__name__} has no tensor {error}") from None
     router.load_state_dict(loaded, assign=True)
     return router.train(module.training)
 
