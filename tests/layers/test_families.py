@@ -445,8 +445,8 @@ class TestErrors:
             (QWEN | {"num_local_experts": 5}, None, "different values for one setting: {'num_experts': 4, 'num_local"),
             (QWEN | {"hidden_act": "cosine"}, None, "there is no activation 'cosine'"),
             (QWEN | {"mlp_only_layers": [2]}, 2, "layer_idx = 2 of this 'qwen3_moe' is a dense layer"),
-            (QWEN, 48, "layer_idx must be between 0 and 47, but is 48"),
-            (QWEN, -1, "layer_idx must be between 0 and 47, but is -1"),
+            (QWEN, 48, "layer_idx must be a whole number from 0 to 47, but is 48"),
+            (QWEN, -1, "layer_idx must be a whole number from 0 to 47, but is -1"),
             ({"model_type": "deepseek_v4"}, None, "layer_idx is needed: the first layers"),
             (
                 {"model_type": "qwen3_omni_moe", "thinker_config": {}},
