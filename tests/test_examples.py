@@ -74,7 +74,7 @@ EXAMPLES = {
     "layer_from_scratch": Example(),
     "lora_over_w4a16": Example(("--steps", "20", "--lora-steps", "30", "--batch-size", "4"), check=check_adapters),
     "quantize_checkpoint": Example(),
-    "router_study": Example(("--steps", "20"), files=("routers.png",), check=check_routers),
+    "router_study": Example(("--steps", "40"), files=("routers.png",), check=check_routers),
     "routing_replay": Example(("--steps", "2", "--tokens", "12"), check=check_replay),
     "transformers_model": Example(),
 }
