@@ -591,7 +591,7 @@ class TestErrors:
 
     def test_repeated_calls_that_only_the_record_tells_apart(self) -> None:
         model, ids = qwen().train(), prompt()
-        model.activation_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         record = random_record([14, 14])
         with replay_routing(model, record, weights="recorded"):
             losses = [model(ids, labels=ids, use_cache=False).loss for _ in range(2)]
