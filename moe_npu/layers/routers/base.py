@@ -397,6 +397,12 @@ def sqrt_softplus(logits: torch.Tensor) -> torch.Tensor:
     return softplus.masked_fill(vanished, 1).sqrt().masked_fill(vanished, 0)
 
 
+def check_score_function(score_function: str) -> None:
+    """Refuse names that are none of :data:`ScoreFunction`."""
+    if score_function not in _NORM_TYPES:
+        raise ValueError(f"score_function must be 'softmax', 'sigmoid' or 'sqrt_softplus', but is {score_function!r}")
+
+
 def check_integers(name: str, ids: torch.Tensor) -> None:
     """Raise unless ``ids`` is int32 or int64."""
     if ids.dtype not in (torch.int32, torch.int64):

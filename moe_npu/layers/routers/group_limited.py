@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from moe_npu.layers.routers.base import LinearRouter, ScoreFunction
+from moe_npu.layers.routers.base import LinearRouter, ScoreFunction, check_score_function
 
 
 class GroupLimitedRouter(LinearRouter):
@@ -57,10 +57,7 @@ class GroupLimitedRouter(LinearRouter):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if score_function not in ("softmax", "sigmoid", "sqrt_softplus"):
-            raise ValueError(
-                f"score_function must be 'softmax', 'sigmoid' or 'sqrt_softplus', but is {score_function!r}"
-            )
+        check_score_function(score_function)
         super().__init__(
             hidden_size,
             num_experts,

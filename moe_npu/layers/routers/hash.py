@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from moe_npu.layers.routers.base import LinearRouter, ScoreFunction, check_integers
+from moe_npu.layers.routers.base import LinearRouter, ScoreFunction, check_integers, check_score_function
 
 _MAX_HASHED = 64  # experts per token of the operator
 
@@ -53,10 +53,7 @@ class HashRouter(LinearRouter):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if score_function not in ("softmax", "sigmoid", "sqrt_softplus"):
-            raise ValueError(
-                f"score_function must be 'softmax', 'sigmoid' or 'sqrt_softplus', but is {score_function!r}"
-            )
+        check_score_function(score_function)
         if vocab_size < 1:
             raise ValueError(f"vocab_size must be positive, but is {vocab_size}")
         super().__init__(
